@@ -1,0 +1,1 @@
+"""Text in, token windows out: documents, corpora, passkey prompts and repeated segments."""

@@ -1,0 +1,45 @@
+"""A corpus: documents as one run of token ids, from which windows are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token ids of many documents, end to end, each closed by the separator.
+
+    Attributes:
+        ids: every token, int64 `[tokens]`.
+        starts: where each document begins in `ids`, int64 `[documents]`.
+
+    Example:
+        >>> corpus = Corpus.from_ids([[5, 6, 7], [8, 9]], separator=0)
+        >>> corpus.ids.tolist(), corpus.starts.tolist()
+        ([5, 6, 7, 0, 8, 9, 0], [0, 4])
+        >>> corpus.window(np.random.default_rng(0), 3).shape
+        (3,)
+    """
+
+    ids: np.ndarray
+    starts: np.ndarray
+
+    @classmethod
+    def from_ids(cls, documents: Iterable[list[int]], *, separator: int) -> Corpus:
+        """Join documents that are already token ids."""
+        parts = [np.asarray([*document, separator], dtype=np.int64) for document in documents]
+        ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) if parts else ends
+        ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+        return cls(ids, starts)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
+        """Return `length` consecutive tokens from a random place."""
+        start = int(rng.integers(0, len(self.ids) - length + 1))
+        return self.ids[start : start + length]
