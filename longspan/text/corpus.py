@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from longspan.errors import InputError, message
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """Token ids of many documents, end to end, each closed by the separator.
+    """Token ids of many documents, end to end, each closed by the separator where there is one.
 
     Attributes:
         ids: every token, int64 `[tokens]`.
@@ -28,9 +30,10 @@ class Corpus:
     starts: np.ndarray
 
     @classmethod
-    def from_ids(cls, documents: Iterable[list[int]], *, separator: int) -> Corpus:
-        """Join documents that are already token ids."""
-        parts = [np.asarray([*document, separator], dtype=np.int64) for document in documents]
+    def from_ids(cls, documents: Iterable[list[int]], *, separator: int | None) -> Corpus:
+        """Join documents that are already token ids, with the separator after each unless it is None."""
+        closing = [] if separator is None else [separator]
+        parts = [np.asarray([*document, *closing], dtype=np.int64) for document in documents]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) if parts else ends
         ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
@@ -38,6 +41,28 @@ class Corpus:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def require(self, tokens: int, *, name: str) -> None:
+        """Refuse a text that is too short for one window.
+
+        Args:
+            tokens: length of the longest window that will be cut.
+            name: what to call the text.
+
+        Raises:
+            InputError: the corpus has fewer tokens.
+        """
+        if len(self) < tokens:
+            raise InputError(
+                message(
+                    "There is too little text for one window.",
+                    {
+                        "asked": f"a window of {tokens:,} tokens of {name}",
+                        "found": f"{len(self):,} tokens",
+                    },
+                    fix="a longer text, or a shorter length",
+                )
+            )
 
     def window(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """Return `length` consecutive tokens from a random place."""
