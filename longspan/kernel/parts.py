@@ -1,0 +1,194 @@
+"""Parts: a pattern as a short list of batched calls on strided views.
+
+Runs that look alike and lie at regular distances are one part: a lattice of equal rectangles whose queries and
+keys are strided, possibly overlapping views of the tensors, so that no key is copied. Attention over the pattern
+is the merge of attention over its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longspan.derive.blocks import Blocks, blocks
+from longspan.derive.terms import terms
+from longspan.kernel.runs import CAUSAL, MASKED, Runs, exact, runs
+from longspan.pattern import Pattern
+
+SIZE = 128
+# Squares of blocks that may be looked at merely to compare the contiguous layout with a strided one.
+_COMPARABLE = 1 << 16
+_CLASS_PAIRS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Where the rectangles of a part lie along one tensor axis.
+
+    Place `r` of rectangle `(i, j)` is at index `start + i * outer + j * inner + r * step`.
+    """
+
+    start: int
+    step: int
+    places: int
+    outer: int
+    inner: int
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A lattice of equal rectangles of pairs, done in one batched call.
+
+    Attributes:
+        query, key: where the rectangles lie.
+        shape: how many rectangles, outer and inner.
+        allowed: the exact mask of every rectangle, bool `[query places, key places]`, or None for no mask.
+        causal: the rectangle is the lower triangle of a square.
+        fresh: no part before this one touches its queries.
+    """
+
+    query: Lattice
+    key: Lattice
+    shape: tuple[int, int]
+    allowed: np.ndarray | None
+    causal: bool
+    fresh: bool
+
+    @property
+    def rectangles(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @cached_property
+    def pairs(self) -> int:
+        """Pairs of the pattern in this part, exactly."""
+        rows, columns = self.query.places, self.key.places
+        if self.allowed is not None:
+            each = int(self.allowed.sum())
+        else:
+            each = rows * (rows + 1) // 2 if self.causal else rows * columns
+        return each * self.rectangles
+
+    @property
+    def area(self) -> int:
+        """Pairs that are computed, masked ones included."""
+        rows, columns = self.query.places, self.key.places
+        return (rows * (rows + 1) // 2 if self.causal else rows * columns) * self.rectangles
+
+    @property
+    def kind(self) -> str:
+        return "causal" if self.causal else "plain" if self.allowed is None else "masked"
+
+
+def parts(pattern: Pattern, queries: range, keys: range) -> tuple[Part, ...]:
+    """Return the parts of a pattern of one head over a range of queries and a range of keys.
+
+    Law: the rectangles of all parts together hold every pair as often as the pattern counts it.
+    """
+    made: list[Part] = []
+    touched = np.zeros(len(queries), dtype=bool)
+    for term in terms(pattern):
+        found = cheapest_blocks(term, queries, keys)
+        joined = runs(term, found)
+        for look in range(int(joined.look.max(initial=-1)) + 1):
+            alike = np.flatnonzero(joined.look == look)
+            for chosen, shape, advances in _lattices(joined.query[alike], joined.key[alike]):
+                made.append(_part(term, found, joined, alike[chosen], shape, advances, touched))
+    return tuple(made)
+
+
+def cheapest_blocks(term: Pattern, queries: range, keys: range) -> Blocks:
+    """Return the blocks of a relation in the layout that covers the fewest pairs: contiguous, or by residues."""
+    steps = term.steps
+    squares = -(-len(queries) // SIZE) * -(-len(keys) // SIZE)
+    strided_possible = steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS
+    found = []
+    if strided_possible:
+        found.append(blocks(term, queries=queries, keys=keys, size=SIZE, steps=steps))
+    if not strided_possible or squares <= _COMPARABLE:
+        found.append(blocks(term, queries=queries, keys=keys, size=SIZE))
+    return min(found, key=lambda layout: layout.area)
+
+
+def _part(
+    term: Pattern,
+    found: Blocks,
+    joined: Runs,
+    chosen: np.ndarray,
+    shape: tuple[int, int],
+    advances: tuple[tuple[int, int], tuple[int, int]],
+    touched: np.ndarray,
+) -> Part:
+    first = chosen[0]
+    start = (int(joined.query[first]), int(joined.key[first]))
+    places = (int(joined.rows[first]), int(joined.columns[first]))
+    query, key = (
+        Lattice(start[side], step, places[side], *advances[side])
+        for side, step in enumerate((found.query_side.step, found.key_side.step))
+    )
+    masked = joined.kind[first] == MASKED
+    allowed = np.ascontiguousarray(exact(term, found, *start, *places)) if masked else None
+    rows = joined.query[chosen][:, None] + np.arange(places[0]) * query.step
+    fresh = not touched[rows].any()
+    touched[rows] = True
+    return Part(query, key, shape, allowed, bool(joined.kind[first] == CAUSAL), fresh)
+
+
+Advances = tuple[tuple[int, int], tuple[int, int]]
+
+
+def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:
+    """Cut starting points into lattices: indices of its points, its shape, and the advances of both sides.
+
+    Keys either move with the queries (a band) or stay (a sink), so points are first sorted into the lines of
+    whichever of the two holds more of them.
+    """
+    distance, inverse, moving = np.unique(query - key, return_inverse=True, return_counts=True)
+    place, resting_inverse, resting = np.unique(key, return_inverse=True, return_counts=True)
+    moves = moving[inverse] >= resting[resting_inverse]
+    line = np.where(moves, inverse, len(distance) + resting_inverse)
+    for number in np.unique(line):
+        points = np.flatnonzero(line == number)
+        points = points[np.lexsort((key[points], query[points]))]
+        yield from _regular(points, query, key)
+
+
+def _regular(
+    points: np.ndarray, query: np.ndarray, key: np.ndarray
+) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:
+    """Cut points in order into two-level lattices, one level where that is all there is."""
+    while len(points):
+        jumps = np.stack([np.diff(query[points]), np.diff(key[points])])
+        change = (jumps != jumps[:, :1]).any(axis=0)
+        inner = int(change.argmax()) + 1 if change.any() else len(points)
+        outer = len(points) // inner
+        grid = points[: outer * inner].reshape(outer, inner)
+        regular = _regular_rows(query[grid], key[grid])
+        grid = grid[:regular]
+        advance = [
+            (
+                int(side[grid[1, 0]] - side[grid[0, 0]]) if regular > 1 else 0,
+                int(side[grid[0, 1]] - side[grid[0, 0]]) if inner > 1 else 0,
+            )
+            for side in (query, key)
+        ]
+        shape = (regular, inner)
+        if regular > inner:
+            # The inner level is one call and the outer one is a loop.
+            grid, shape = grid.T, (inner, regular)
+            advance = [pair[::-1] for pair in advance]
+        yield grid.ravel(), shape, (advance[0], advance[1])
+        points = points[regular * inner :]
+
+
+def _regular_rows(query: np.ndarray, key: np.ndarray) -> int:
+    """Return how many rows of a table of starting points continue its first row and first step."""
+    fits = np.ones(len(query), dtype=bool)
+    for side in (query, key):
+        fits &= (side - side[:, :1] == side[:1] - side[:1, :1]).all(axis=1)
+        if len(side) > 1:
+            step = side[1, 0] - side[0, 0]
+            fits &= side[:, 0] == side[0, 0] + np.arange(len(side)) * step
+    return len(fits) if fits.all() else int(fits.argmin())

@@ -1,0 +1,312 @@
+"""Atoms: the patterns with a formula of their own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from longspan.errors import PatternError, message
+from longspan.pattern.base import Pattern, Positions, Verdict
+
+
+def check_size(pattern: Pattern, name: str, *, least: int = 1) -> None:
+    """Raise PatternError unless a field of a pattern is an integer of at least `least`."""
+    value = getattr(pattern, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PatternError(
+            message(
+                f"{type(pattern).__name__} takes an integer of at least {least} for `{name}`.",
+                {"got": f"{name}={value!r}"},
+                fix=f"{type(pattern).__name__}({name}={max(least, 4)}); sizes count tokens",
+            )
+        )
+
+
+class Atom(Pattern):
+    """A pattern with a formula of its own and no operands."""
+
+    @property
+    def period(self) -> int | None:
+        return 1
+
+
+@dataclass(frozen=True, repr=False)
+class Everything(Atom):
+    """Every query reads every key."""
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return k >= 0
+
+
+@dataclass(frozen=True, repr=False)
+class Nothing(Atom):
+    """No query reads any key."""
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return k < 0
+
+
+@dataclass(frozen=True, repr=False)
+class Causal(Atom):
+    """Each query reads the keys at its own position and before: `k <= q`.
+
+        # . . .
+        # # . .
+        # # # .
+        # # # #
+
+    Example:
+        >>> import torch
+        >>> Causal().contains(torch.tensor(3), torch.arange(5)).tolist()
+        [True, True, True, True, False]
+    """
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return k <= q
+
+
+@dataclass(frozen=True, repr=False)
+class Window(Atom):
+    """Each query reads the keys less than `size` positions away, on both sides: `|q - k| < size`.
+
+        # # . .        Window(2)
+        # # # .
+        . # # #
+        . . # #
+
+    With `Causal()` the query reads `size` keys, its own included: transformers' `sliding_window=size`,
+    flash-attention's `window_size=(size - 1, 0)`.
+
+    Args:
+        size: keys on one side, the query's own included, in tokens, at least 1.
+
+    Raises:
+        PatternError: a size that is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> Window(2).contains(torch.tensor(3), torch.arange(6)).tolist()
+        [False, False, True, True, True, False]
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_size(self, "size")
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return abs(q - k) < self.size
+
+
+@dataclass(frozen=True, repr=False)
+class Dilated(Atom):
+    """Each query reads every `step`-th key, counted from itself: `(q - k) mod step == offset`.
+
+        # . # .        Dilated(2)
+        . # . #
+        # . # .
+        . # . #
+
+    Args:
+        step: distance between two keys that are read, in tokens, at least 1.
+        offset: distance from the query back to the first of them, 0 (itself) to `step - 1`.
+
+    Raises:
+        PatternError: a step that is no positive integer, an offset outside its range.
+
+    Example:
+        >>> import torch
+        >>> Dilated(3).contains(torch.tensor(4), torch.arange(8)).tolist()
+        [False, True, False, False, True, False, False, True]
+    """
+
+    step: int
+    offset: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_size(self, "step")
+        _check_residue(self, self.offset, self.step)
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return (q - k) % self.step == self.offset
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        return (self.step, self.step)
+
+
+@dataclass(frozen=True, repr=False)
+class Chunk(Atom):
+    """Each query reads the keys of one chunk: its own, or one that lies `shift` tokens before it.
+
+        # # . .        Chunk(2)        . . . .        Chunk(2, shift=2)
+        # # . .                        . . . .
+        . . # #                        # # . .
+        . . # #                        # # . .
+
+    The formula is `(q - offset) div size == (k - offset + shift) div size`: chunks begin at `offset` and every
+    `size` tokens from there, before it too.
+
+    Args:
+        size: length of a chunk, in tokens, at least 1.
+        offset: where a chunk begins, in tokens, 0 to `size - 1`.
+        shift: how far before the query's chunk the keys lie, in tokens, at least 0.
+
+    Raises:
+        PatternError: a size that is no positive integer, an offset or shift outside its range.
+
+    Example:
+        >>> import torch
+        >>> Chunk(3).contains(torch.tensor(4), torch.arange(7)).tolist()
+        [False, False, False, True, True, True, False]
+    """
+
+    size: int
+    offset: int = field(default=0, kw_only=True)
+    shift: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_size(self, "size")
+        check_size(self, "shift", least=0)
+        _check_residue(self, self.offset, self.size)
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return (q - self.offset) // self.size == (k + (self.shift - self.offset)) // self.size
+
+    @property
+    def period(self) -> int | None:
+        return self.size
+
+
+@dataclass(frozen=True, repr=False)
+class Every(Atom):
+    """Each query reads the keys of one residue class: `k mod step == offset`.
+
+        # . # .        Every(2)
+        # . # .
+        # . # .
+        # . # .
+
+    `Every(step).T` is the same for queries: only every `step`-th query reads, and it reads everything.
+
+    Args:
+        step: distance between two keys that are read, in tokens, at least 1.
+        offset: the first of them, 0 to `step - 1`.
+        within: count positions anew in every chunk of this many tokens; 0 counts from the beginning of the text.
+
+    Raises:
+        PatternError: a step that is no positive integer, an offset or `within` outside its range.
+
+    Example:
+        >>> import torch
+        >>> Every(2, offset=1).contains(torch.tensor(0), torch.arange(5)).tolist()
+        [False, True, False, True, False]
+    """
+
+    step: int
+    offset: int = field(default=0, kw_only=True)
+    within: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_size(self, "step")
+        check_size(self, "within", least=0)
+        _check_residue(self, self.offset, self.step)
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        place = k % self.within if self.within else k
+        return place % self.step == self.offset
+
+    @property
+    def period(self) -> int | None:
+        return self.within or self.step
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        aligned = self.within % self.step == 0
+        return (1, self.step if aligned else 1)
+
+
+@dataclass(frozen=True, repr=False)
+class Sink(Atom):
+    """Every query reads the first `size` keys: `k < size`.
+
+        # . . .        Sink(1)
+        # . . .
+        # . . .
+        # . . .
+
+    Args:
+        size: how many keys, in tokens, at least 1.
+
+    Raises:
+        PatternError: a size that is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> Sink(2).contains(torch.tensor(9), torch.arange(4)).tolist()
+        [True, True, False, False]
+
+    References:
+        Xiao et al., Efficient Streaming Language Models with Attention Sinks (arXiv 2309.17453), section 3.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_size(self, "size")
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return k < self.size
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+
+@dataclass(frozen=True, repr=False)
+class Prefix(Atom):
+    """The first `size` queries read the first `size` keys, in both directions: `q < size and k < size`.
+
+        # # . .        Prefix(2)
+        # # . .
+        . . . .
+        . . . .
+
+    `Causal() | Prefix(size)` is a prefix language model.
+
+    Args:
+        size: length of the prefix, in tokens, at least 1.
+
+    Raises:
+        PatternError: a size that is no positive integer.
+
+    Example:
+        >>> import torch
+        >>> (Causal() | Prefix(3)).contains(torch.tensor(0), torch.arange(5)).tolist()
+        [True, True, True, False, False]
+
+    References:
+        Raffel et al., T5 (arXiv 1910.10683), section 3.2.1.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        check_size(self, "size")
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        return (q < self.size) & (k < self.size)
+
+    @property
+    def period(self) -> int | None:
+        return None
+
+
+def _check_residue(pattern: Pattern, offset: int, step: int) -> None:
+    if isinstance(offset, bool) or not isinstance(offset, int) or not 0 <= offset < step:
+        raise PatternError(
+            message(
+                f"The offset of {type(pattern).__name__} is a place from 0 to {step - 1}.",
+                {"got": f"offset={offset!r} with {step}"},
+                fix="offset=0, the default",
+            )
+        )
