@@ -58,3 +58,12 @@ def passkey_prompt(
     cut = round(depth * room)
     ids = np.concatenate([header, text[:cut], needle, text[cut:], question, answer])
     return PasskeyPrompt(ids.astype(np.int64), len(answer))
+
+
+def shortest(tokenizer: Any) -> int:
+    """Return the fewest tokens that any passkey prompt fits in, without header and filler."""
+    # Some keys take more tokens than others; of these thirty-two the longest speaks for all.
+    keys = np.random.default_rng(0).integers(10 ** (DIGITS - 1), 10**DIGITS, 32)
+    prompts = [(_NEEDLE + "\0" + _QUESTION + "\0" + _ANSWER).format(key=key).split("\0") for key in keys]
+    encoded = (tokenizer(parts, add_special_tokens=False)["input_ids"] for parts in prompts)
+    return max(sum(len(ids) for ids in parts) for parts in encoded)

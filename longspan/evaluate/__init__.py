@@ -1,0 +1,1 @@
+"""Evaluation: perplexity by context length, passkey retrieval by length and depth, and their report."""

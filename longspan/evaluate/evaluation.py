@@ -1,0 +1,117 @@
+"""An evaluation: everything measured of one model, by one protocol."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from longspan.evaluate.forward import Progress
+from longspan.evaluate.passkey import DEPTHS, TRIALS, Passkey, passkey
+from longspan.evaluate.perplexity import SEGMENTS, STRIDE, Perplexity, perplexity
+from longspan.text.corpus import Corpus
+
+LENGTHS = (512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured of every model, so that models can be compared.
+
+    Attributes:
+        lengths: context lengths, in tokens.
+        stride: tokens predicted at the end of each window.
+        segments: windows at each length.
+        depths: where a key stands in a prompt, 0 to 1.
+        trials: prompts at each length and depth.
+        seed: of the prompts.
+    """
+
+    lengths: tuple[int, ...] = LENGTHS
+    stride: int = STRIDE
+    segments: int = SEGMENTS
+    depths: tuple[float, ...] = DEPTHS
+    trials: int = TRIALS
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of one model.
+
+    Attributes:
+        label: what to call the model in tables and pictures.
+        model: where it was loaded from.
+        context: the length that its configuration states, None if it states none.
+        parameters: how many weights it has.
+        perplexity: by context length.
+        passkey: by length and depth.
+        tokens: read in all.
+        seconds: taken in all.
+    """
+
+    label: str
+    model: str
+    context: int | None
+    parameters: int
+    perplexity: Perplexity
+    passkey: Passkey
+    tokens: int
+    seconds: float
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    text: Corpus,
+    *,
+    label: str,
+    protocol: Protocol | None = None,
+    progress: Callable[[str], Progress] | None = None,
+) -> Evaluation:
+    """Measure one model.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: its tokenizer.
+        text: text that the model was not trained on.
+        label: what to call the model in tables and pictures.
+        protocol: what to measure, the default one if None.
+        progress: called with the name of each part before it begins, returns what to call while it runs.
+
+    Raises:
+        InputError: the text is too short, or a length is, for what the protocol measures.
+    """
+    protocol = protocol or Protocol()
+    begun = time.perf_counter()
+    by_context = perplexity(
+        model,
+        tokenizer,
+        text,
+        lengths=protocol.lengths,
+        stride=protocol.stride,
+        segments=protocol.segments,
+        progress=progress and progress(f"{label}, perplexity"),
+    )
+    by_depth = passkey(
+        model,
+        tokenizer,
+        text,
+        lengths=protocol.lengths,
+        depths=protocol.depths,
+        trials=protocol.trials,
+        seed=protocol.seed,
+        progress=progress and progress(f"{label}, passkey"),
+    )
+    windows = by_context.segments + len(by_depth.depths) * by_depth.trials
+    return Evaluation(
+        label=label,
+        model=model.config.name_or_path,
+        context=getattr(model.config, "max_position_embeddings", None),
+        parameters=model.num_parameters(),
+        perplexity=by_context,
+        passkey=by_depth,
+        tokens=windows * sum(by_context.lengths),
+        seconds=time.perf_counter() - begun,
+    )
