@@ -42,7 +42,7 @@ class Evaluation:
 
     Attributes:
         label: what to call the model in tables and pictures.
-        model: where it was loaded from.
+        source: where the model came from, as the user named it.
         context: the length that its configuration states, None if it states none.
         parameters: how many weights it has.
         perplexity: by context length.
@@ -52,7 +52,7 @@ class Evaluation:
     """
 
     label: str
-    model: str
+    source: str
     context: int | None
     parameters: int
     perplexity: Perplexity
@@ -67,6 +67,7 @@ def evaluate(
     text: Corpus,
     *,
     label: str,
+    source: str | None = None,
     protocol: Protocol | None = None,
     progress: Callable[[str], Progress] | None = None,
 ) -> Evaluation:
@@ -77,6 +78,7 @@ def evaluate(
         tokenizer: its tokenizer.
         text: text that the model was not trained on.
         label: what to call the model in tables and pictures.
+        source: where the model came from, the label if None.
         protocol: what to measure, the default one if None.
         progress: called with the name of each part before it begins, returns what to call while it runs.
 
@@ -107,7 +109,7 @@ def evaluate(
     windows = by_context.segments + len(by_depth.depths) * by_depth.trials
     return Evaluation(
         label=label,
-        model=model.config.name_or_path,
+        source=source or label,
         context=getattr(model.config, "max_position_embeddings", None),
         parameters=model.num_parameters(),
         perplexity=by_context,

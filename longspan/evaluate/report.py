@@ -37,7 +37,7 @@ class Report:
 
         - `schema`, `versions` (of longspan, python, torch, transformers), `text`: `{source, documents}`.
         - `protocol`: `{lengths, stride, segments, predicted_tokens, crossing_documents, depths, trials, seed}`.
-        - `models`: a list of `{label, model, context, parameters, tokens, seconds, perplexity, bits_per_byte,
+        - `models`: a list of `{label, source, context, parameters, tokens, seconds, perplexity, bits_per_byte,
           loss, passkey}`. The last four have a key for each length, as a string; under `passkey` are the share
           over all depths, `share`, and a list with the share at each depth, `by_depth`.
 
@@ -70,7 +70,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
     perplexity, passkey = evaluation.perplexity, evaluation.passkey
     return {
         "label": evaluation.label,
-        "model": evaluation.model,
+        "source": evaluation.source,
         "context": evaluation.context,
         "parameters": evaluation.parameters,
         "tokens": evaluation.tokens,

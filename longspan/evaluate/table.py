@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -21,30 +21,29 @@ def table(report: Report) -> Group:
     their perplexities are then not comparable.
     """
     first = report.evaluations[0].perplexity
-    parts = [
-        _rows(
-            report,
+    parts: list[RenderableType] = [
+        Text(
             f"Perplexity by context length (the last {first.stride} tokens of {first.segments} windows)",
-            lambda evaluation: [_figure(value) for value in evaluation.perplexity.values],
-        )
+            "bold",
+        ),
+        _rows(report, lambda evaluation: [_figure(value) for value in evaluation.perplexity.values]),
     ]
     if len({evaluation.perplexity.text_bytes for evaluation in report.evaluations}) > 1:
-        parts.append(
+        parts += [
+            Text("Bits per byte by context length (the models' tokens differ: compare these)", "bold"),
             _rows(
-                report,
-                "Bits per byte by context length (tokenizers differ: compare these)",
-                lambda evaluation: [f"{value:.3f}" for value in evaluation.perplexity.bits_per_byte],
-            )
-        )
+                report, lambda evaluation: [f"{value:.3f}" for value in evaluation.perplexity.bits_per_byte]
+            ),
+        ]
     prompts = len(report.evaluations[0].passkey.depths) * report.evaluations[0].passkey.trials
-    parts.append(
+    parts += [
+        Text(f"Passkeys retrieved by length (of {prompts} prompts)", "bold"),
         _rows(
             report,
-            f"Passkey retrieval by length (share of {prompts} prompts)",
             lambda evaluation: [f"{share:.0%}" for share in evaluation.passkey.by_length],
-            lambda evaluation: weakest(evaluation),
-        )
-    )
+            weakest,
+        ),
+    ]
     lines = [f"text: {report.text}, {report.documents} held-out documents"]
     if first.crossing:
         lines.append("windows cross document borders: too few documents are as long as the longest window")
@@ -64,11 +63,10 @@ def weakest(evaluation: Evaluation) -> str:
 
 def _rows(
     report: Report,
-    title: str,
     cells: Callable[[Evaluation], Sequence[str]],
     note: Callable[[Evaluation], str] | None = None,
 ) -> Table:
-    rows = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    rows = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     rows.add_column("model")
     for length in report.evaluations[0].perplexity.lengths:
         rows.add_column(f"{length:,}", justify="right")

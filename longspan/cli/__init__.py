@@ -1,0 +1,48 @@
+"""The command line: one file per command, put together here."""
+
+from __future__ import annotations
+
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
+
+import typer
+
+from longspan.cli.eval import command as eval_command
+from longspan.errors import LongspanError
+
+app = typer.Typer(
+    name="longspan",
+    help="Extend the context of pretrained language models, and measure that it worked.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("eval")(eval_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        try:
+            typer.echo(f"longspan {version('longspan')}")
+        except PackageNotFoundError:
+            typer.echo("longspan, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None: ...
+
+
+def main() -> None:
+    """Run the command line: errors in the input leave with their message and code 2, Ctrl-C with code 130."""
+    try:
+        app()
+    except LongspanError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
