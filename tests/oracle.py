@@ -63,9 +63,9 @@ def sink(heads: int, n: int, size: int) -> np.ndarray:
 # Named methods.
 
 
-def sliding_window(heads: int, n: int, width: int) -> np.ndarray:
-    """Mistral: `width` keys, the last of them the query's own."""
-    return tally(heads, n, lambda head, q: range(q - width + 1, q + 1))
+def sliding_window(heads: int, n: int, width: int, *, causal: bool = True) -> np.ndarray:
+    """Mistral: `width` keys, the last of them the query's own; as many to the right if not causal."""
+    return tally(heads, n, lambda head, q: range(q - width + 1, q + (1 if causal else width)))
 
 
 def longformer(
@@ -116,72 +116,77 @@ def longnet(
     return tally(heads, n, reads)
 
 
-def s2(heads: int, n: int, group: int) -> np.ndarray:
+def s2(heads: int, n: int, group: int, *, causal: bool = True) -> np.ndarray:
     """S2-Attn (2309.12307, section 3.2), without the leak of its pseudo-code.
 
     The first half of the heads attend causally inside groups; for the other half the borders of the groups lie half a
-    group earlier, so that the first group is only half as long.
+    group earlier, so that the first group is only half as long (and has the middle token of an odd group).
     """
 
     def reads(head: int, q: int) -> list[int]:
         borders = list(range(0, n + group, group))
         if head >= heads // 2:
-            borders = [0, *range(group - group // 2, n + group, group)]
+            borders = [0, *range(group - group // 2, n + 2 * group, group)]
         first = max(border for border in borders if border <= q)
-        return list(range(first, q + 1))
+        end = min(border for border in borders if border > q)
+        return list(range(first, q + 1 if causal else end))
 
     return tally(heads, n, reads)
 
 
-def _cross_window(n: int, q: int, size: int, shift: int) -> list[int]:
+def _cross_window(q: int, size: int, shift: int, causal: bool) -> list[int]:
     """SCCA's keys of one query: its window laid over keys that were rolled by `shift`, in true positions.
 
     Wrapped keys and keys after the query are dropped; a query that is left with none reads its own window.
     """
     start = q - q % size
     keys = [slot - shift for slot in range(start, start + size)]
-    keys = [k for k in keys if 0 <= k <= q]
-    return keys or list(range(start, q + 1))
+    own = list(range(start, start + size))
+    return [k for k in keys if 0 <= k and (k <= q or not causal)] or [k for k in own if k <= q or not causal]
 
 
-def scca_fixed(heads: int, n: int, size: int, shift: int) -> np.ndarray:
+def scca_fixed(heads: int, n: int, size: int, shift: int, *, causal: bool = True) -> np.ndarray:
     """SCCA fixed (2312.07305): half the heads keep their window, the keys of the others are rolled by `shift`."""
-    return tally(
-        heads, n, lambda head, q: _cross_window(n, q, size, 0 if head < heads // 2 else shift)
-    )
+    return tally(heads, n, lambda head, q: _cross_window(q, size, 0 if head < heads // 2 else shift, causal))
 
 
-def scca_flow(heads: int, n: int, size: int, windows: int) -> np.ndarray:
+def scca_flow(heads: int, n: int, size: int, windows: int, *, causal: bool = True) -> np.ndarray:
     """SCCA flow (2312.07305): head h's keys are rolled by h windows, beginning again after `windows` heads."""
-    return tally(heads, n, lambda head, q: _cross_window(n, q, size, head % windows * size))
+    return tally(heads, n, lambda head, q: _cross_window(q, size, head % windows * size, causal))
 
 
-def sda(heads: int, n: int, step: int, *, rows: str = "all") -> np.ndarray:
-    """SDA (2312.07305): every `step`-th key of the whole sequence before the query, each head at its own offset.
+def sda(heads: int, n: int, step: int, *, rows: str = "all", causal: bool = True) -> np.ndarray:
+    """SDA (2312.07305): every `step`-th key of the whole sequence, each head at its own offset.
 
-    "all": every query, counted back from `head` positions before itself. "selected": only the queries whose position
-    is the head's number modulo `step`, among themselves.
+    "all": every query, counted from `head` positions before itself. "selected": only the queries whose position is
+    the head's number modulo `step`, among themselves.
     """
 
     def reads(head: int, q: int) -> list[int]:
+        first = (q - head) % step
         if rows == "selected":
-            return [k for k in range(head % step, q + 1, step)] if q % step == head % step else []
-        return list(range(q - head % step, -1, -step))
+            first = head % step
+            if q % step != first:
+                return []
+        return list(range(first, q + 1 if causal else n, step))
 
     return tally(heads, n, reads)
 
 
-def longmixed(heads: int, n: int, size: int, step: int, shift: int) -> np.ndarray:
+def longmixed(heads: int, n: int, size: int, step: int, shift: int, *, causal: bool = True) -> np.ndarray:
     """LongMixed (2312.07305): half the heads are SCCA fixed, the other half SDA over all rows."""
     mixed = heads // 2
-    return np.concatenate([scca_fixed(mixed, n, size, shift), sda(heads - mixed, n, step)])
+    return np.concatenate(
+        [
+            scca_fixed(mixed, n, size, shift, causal=causal),
+            sda(heads - mixed, n, step, causal=causal),
+        ]
+    )
 
 
 def streaming(heads: int, n: int, sinks: int, width: int) -> np.ndarray:
     """StreamingLLM (2309.17453): the first `sinks` keys and the last `width`, the query's own among them."""
-    return tally(
-        heads, n, lambda head, q: {*range(min(sinks, q + 1)), *range(max(0, q - width + 1), q + 1)}
-    )
+    return tally(heads, n, lambda head, q: {*range(min(sinks, q + 1)), *range(max(0, q - width + 1), q + 1)})
 
 
 # Attention.
@@ -271,19 +276,21 @@ def same_pairs(claimed: np.ndarray, truth: np.ndarray, asked: str = "") -> None:
         )
 
 
-def within_budget(
-    claimed: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, asked: str = ""
-) -> None:
+def within_budget(claimed: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, asked: str = "") -> None:
     """Reject a result whose largest error exceeds twice that of the plain computation in the same precision.
 
     One rounding of the largest true number is added, for a plain computation that is exact by luck. In float64 there
     is nothing to compare with and the budget is 1e-10. Infinities must stand exactly where the truth has them.
     """
-    assert claimed.shape == truth.shape, f"{asked}: shape {list(claimed.shape)}, should be {list(truth.shape)}"
+    assert claimed.shape == truth.shape, (
+        f"{asked}: shape {list(claimed.shape)}, should be {list(truth.shape)}"
+    )
     finite = truth.isfinite()
     got, mean = claimed.detach().double().cpu(), plain.detach().double().cpu()
     assert torch.equal(got[~finite], truth[~finite]), f"{asked}: infinities are not where they should be"
-    assert got[finite].isfinite().all(), f"{asked}: {int((~got[finite].isfinite()).sum())} numbers are not finite"
+    assert got[finite].isfinite().all(), (
+        f"{asked}: {int((~got[finite].isfinite()).sum())} numbers are not finite"
+    )
     if not finite.any():
         return
     error = (got - truth)[finite].abs().max().item()

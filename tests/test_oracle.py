@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import oracle
 import pytest
 import torch
-
-import oracle
 
 
 def drawn(counts: np.ndarray, head: int = 0) -> list[str]:
@@ -179,9 +178,7 @@ WRONG = {
     "one-sided reach as the whole window": ("Longformer", oracle.longformer(2, 31, reach=6, anchors=[0, 9])),
     "slice without its last key": (
         "Longformer",
-        oracle.tally(
-            2, 31, lambda head, q: range(31) if q in (0, 9) else {*range(q - 3, q + 3), 0, 9}
-        ),
+        oracle.tally(2, 31, lambda head, q: range(31) if q in (0, 9) else {*range(q - 3, q + 3), 0, 9}),
     ),
     "globals that nobody reads": (
         "Longformer",
@@ -243,7 +240,9 @@ def test_wrong_pairs_are_rejected(mistake: str):
 # Attention.
 
 
-def tensors(*, heads: int = 4, kv: int = 2, rows: int = 5, keys: int = 7, batch: int = 2) -> list[torch.Tensor]:
+def tensors(
+    *, heads: int = 4, kv: int = 2, rows: int = 5, keys: int = 7, batch: int = 2
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(11)
     shapes = [(batch, heads, rows, 3), (batch, kv, keys, 3), (batch, kv, keys, 3)]
     return [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
@@ -325,10 +324,12 @@ def one_softmax_per_part(given: list[torch.Tensor], counts: torch.Tensor) -> tor
 
 MISTAKES = {
     "multiplicity forgotten": lambda given, counts: oracle.dense(*given, counts.clamp(max=1), scale=0.5)[0],
-    "multiplicity added to the score": lambda given, counts: torch.softmax(
-        (given[0] @ given[1].repeat_interleave(2, 1).mT * 0.5 + counts).masked_fill(counts == 0, -1e9), -1
-    )
-    @ given[2].repeat_interleave(2, 1),
+    "multiplicity added to the score": lambda given, counts: (
+        torch.softmax(
+            (given[0] @ given[1].repeat_interleave(2, 1).mT * 0.5 + counts).masked_fill(counts == 0, -1e9), -1
+        )
+        @ given[2].repeat_interleave(2, 1)
+    ),
     "scale forgotten": lambda given, counts: oracle.dense(*given, counts, scale=1.0)[0],
     "key heads dealt out in turn": lambda given, counts: oracle.dense(
         given[0], given[1].repeat(1, 2, 1, 1), given[2].repeat(1, 2, 1, 1), counts, scale=0.5
@@ -340,7 +341,9 @@ MISTAKES = {
     "empty rows that are not a number": lambda given, counts: oracle.dense(*given, counts, scale=0.5)[
         0
     ].masked_fill((counts == 0).all(-1, keepdim=True), math.nan),
-    "heads of the counts in reverse": lambda given, counts: oracle.dense(*given, counts.flip(0), scale=0.5)[0],
+    "heads of the counts in reverse": lambda given, counts: oracle.dense(*given, counts.flip(0), scale=0.5)[
+        0
+    ],
 }
 
 

@@ -1,0 +1,81 @@
+"""Hypothesis strategies: random patterns over all atoms and operators, awkward lengths, rectangles of pairs."""
+
+from __future__ import annotations
+
+from hypothesis import strategies as st
+
+from longspan.pattern import Causal, Chunk, Dilated, Every, Pattern, PerHead, Prefix, Sink, Window
+
+# Lengths that divide nothing, and the two at which loops are entered once or not at all.
+LENGTHS = (1, 2, 31, 97, 129)
+
+lengths = st.sampled_from(LENGTHS)
+sizes = st.integers(1, 40)
+
+
+@st.composite
+def _dilated(draw: st.DrawFn) -> Pattern:
+    step = draw(st.integers(1, 12))
+    return Dilated(step, offset=draw(st.integers(0, step - 1)))
+
+
+@st.composite
+def _chunk(draw: st.DrawFn) -> Pattern:
+    size = draw(sizes)
+    return Chunk(size, offset=draw(st.integers(0, size - 1)), shift=draw(st.integers(0, 2 * size)))
+
+
+@st.composite
+def _every(draw: st.DrawFn) -> Pattern:
+    step = draw(st.integers(1, 12))
+    return Every(
+        step, offset=draw(st.integers(0, step - 1)), within=draw(st.sampled_from([0, step, 3 * step, 25]))
+    )
+
+
+atoms = st.one_of(
+    st.just(Causal()),
+    st.builds(Window, sizes),
+    st.builds(Sink, sizes),
+    st.builds(Prefix, sizes),
+    _dilated(),
+    _chunk(),
+    _every(),
+)
+
+
+def _joined(parts: st.SearchStrategy[Pattern]) -> st.SearchStrategy[Pattern]:
+    pairs = st.tuples(parts, parts)
+    return st.one_of(
+        pairs.map(lambda pair: pair[0] & pair[1]),
+        pairs.map(lambda pair: pair[0] | pair[1]),
+        pairs.map(lambda pair: pair[0] + pair[1]),
+        pairs.map(lambda pair: pair[0] - pair[1]),
+        parts.map(lambda part: ~part),
+        parts.map(lambda part: part.T),
+    )
+
+
+# The same relation for every head.
+relations = st.recursive(atoms, _joined, max_leaves=5)
+
+# A relation for each of one, two or four groups of heads: fit for any multiple of four heads.
+per_head = st.sampled_from([1, 2, 4]).flatmap(
+    lambda groups: st.lists(relations, min_size=groups, max_size=groups).map(PerHead)
+)
+
+patterns = st.one_of(relations, per_head)
+
+
+@st.composite
+def positions(draw: st.DrawFn, *, most: int = 24) -> range:
+    """Return an arithmetic progression of positions: one side of a rectangle of pairs."""
+    start, step, number = draw(st.integers(0, 140)), draw(st.integers(1, 14)), draw(st.integers(1, most))
+    return range(start, start + step * number, step)
+
+
+@st.composite
+def spans(draw: st.DrawFn, length: int) -> range:
+    """Return a range of neighbouring positions inside a text of `length` tokens."""
+    start = draw(st.integers(0, length - 1))
+    return range(start, draw(st.integers(start + 1, length)))

@@ -1,0 +1,149 @@
+"""Parts: their rectangles hold every pair as often as the pattern counts it, and there are few of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from strategies import LENGTHS, lengths, relations, spans
+
+from longspan.derive.mask import counts
+from longspan.kernel import parts as parts_module
+from longspan.kernel import runs as runs_module
+from longspan.kernel.parts import Lattice, Part, parts
+from longspan.pattern import (
+    S2,
+    SCCA,
+    SDA,
+    Causal,
+    Chunk,
+    Dilated,
+    Longformer,
+    LongMixed,
+    LongNet,
+    Pattern,
+    Sink,
+    SlidingWindow,
+    Streaming,
+    Window,
+)
+
+METHODS = [
+    SlidingWindow(20),
+    SlidingWindow(20, causal=False),
+    Longformer(9, dilation=3),
+    LongNet((8, 32), (1, 4)),
+    S2(16),
+    S2(10, causal=False),
+    SCCA(8),
+    SCCA(8, flow=4),
+    SDA(),
+    SDA(rows="selected"),
+    LongMixed(8),
+    Streaming(16),
+]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Short texts that hold as many blocks as long ones."""
+    monkeypatch.setattr(parts_module, "SIZE", 8)
+    monkeypatch.setattr(runs_module, "WIDEST", 4)
+    yield
+
+
+def indices(lattice: Lattice, i: int, j: int) -> np.ndarray:
+    return lattice.start + i * lattice.outer + j * lattice.inner + np.arange(lattice.places) * lattice.step
+
+
+def held(part: Part) -> np.ndarray:
+    """Return which pairs of one rectangle a part computes."""
+    shape = (part.query.places, part.key.places)
+    if part.causal:
+        return np.tri(*shape, dtype=np.int64)
+    return np.ones(shape, dtype=np.int64) if part.allowed is None else part.allowed.astype(np.int64)
+
+
+def check_parts(pattern: Pattern, queries: range, keys: range) -> None:
+    truth = counts(pattern, queries=queries, keys=keys).numpy()
+    found = np.zeros_like(truth)
+    touched = np.zeros(len(queries), dtype=bool)
+    for part in parts(pattern, queries, keys):
+        fresh = np.zeros(len(queries), dtype=bool)
+        pairs = 0
+        for i in range(part.shape[0]):
+            for j in range(part.shape[1]):
+                rows, columns = indices(part.query, i, j), indices(part.key, i, j)
+                assert rows.min() >= 0 and rows.max() < len(queries)
+                assert columns.min() >= 0 and columns.max() < len(keys)
+                found[np.ix_(rows, columns)] += held(part)
+                assert not fresh[rows].any() or not part.fresh, f"{pattern}: rows meet inside a fresh part"
+                fresh[rows] = True
+                pairs += int(held(part).sum())
+        assert part.pairs == pairs <= part.area
+        assert not part.fresh or not (touched & fresh).any()
+        touched |= fresh
+    wrong = np.argwhere(found != truth)
+    assert not len(wrong), f"{pattern} over {queries} x {keys}: first wrong pair {wrong[0]}, of {len(wrong)}"
+
+
+@pytest.mark.usefixtures("small_blocks")
+@given(relations, lengths)
+@example(Causal() & Window(20), 97)
+@example(Causal() & (Window(20) | Sink(3)), 129)
+@example(Window(3) + Causal() + Window(3), 31)
+@example((Causal() & Dilated(3)) | Window(12), 97)
+@example(Causal() & Chunk(24), 129)
+def test_parts_of_a_text_hold_every_pair_as_often_as_counted(pattern: Pattern, length: int):
+    check_parts(pattern, range(length), range(length))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@given(relations, st.data())
+def test_parts_of_ranges_hold_every_pair_as_often_as_counted(pattern: Pattern, data: st.DataObject):
+    check_parts(pattern, data.draw(spans(97)), data.draw(spans(97)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("pattern", METHODS, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_parts_of_named_patterns_hold_every_pair_as_often_as_counted(pattern: Pattern, length: int):
+    for head in range(4):
+        check_parts(pattern.at_head(head, 4), range(length), range(length))
+
+
+@pytest.mark.parametrize("pattern", METHODS, ids=str)
+def test_parts_at_their_true_size_hold_every_pair_as_often_as_counted(pattern: Pattern):
+    check_parts(pattern.at_head(3, 4), range(600), range(600))
+
+
+LOCAL = [
+    Causal(),
+    SlidingWindow(512),
+    Streaming(508),
+    SCCA(512),
+    SCCA(512, flow=8),
+    S2(1024),
+    Longformer(256),
+    LongNet((256, 512, 1024), (1, 2, 4)),
+]
+# Patterns whose pairs grow with the square of the length.
+WIDE = [SDA(8), LongMixed(512)]
+
+
+@pytest.mark.parametrize("pattern", LOCAL + WIDE, ids=str)
+def test_the_number_of_parts_hardly_follows_the_length(pattern: Pattern):
+    for head in (0, 3):
+        alone = pattern.at_head(head, 4)
+        number = [len(parts(alone, range(length), range(length))) for length in (8192, 16_384)]
+        most = number[0] + 3 if pattern in LOCAL else 2 * number[0]
+        assert number[1] <= min(most, 60), f"{alone}: {number}"
+
+
+@pytest.mark.parametrize("window", [128, 512, 1000])
+def test_parts_of_a_window_compute_little_more_than_its_pairs(window: int):
+    done = parts(Causal() & Window(window), range(16_384), range(16_384))
+    assert sum(part.area for part in done) <= 16_384 * (window + 2 * 128)

@@ -1,0 +1,135 @@
+"""The shape of the tree: who may import whom, how long a file may be, and which names are promised."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import longspan
+
+ROOT = Path(longspan.__file__).parent
+TESTS = Path(__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# What a part may import besides itself. Imports point down this list only.
+BELOW = {
+    "errors": set(),
+    "layout": {"errors"},
+    "frequency": {"errors"},
+    "text": {"errors"},
+    "pattern": {"errors"},
+    "derive": {"errors", "pattern"},
+    "kernel": {"errors", "pattern", "derive"},
+    "attend": {"errors", "pattern", "derive", "kernel"},
+    "hf": {"errors", "pattern", "derive", "kernel", "attend", "frequency"},
+    "extend": {"errors", "pattern", "derive", "kernel", "attend", "frequency", "text", "hf"},
+    "evaluate": {"errors", "pattern", "derive", "kernel", "attend", "frequency", "text", "hf"},
+    "cli": {
+        "errors",
+        "pattern",
+        "derive",
+        "kernel",
+        "attend",
+        "frequency",
+        "text",
+        "hf",
+        "extend",
+        "evaluate",
+    },
+}
+OPTIONAL = {
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "matplotlib",
+    "peft",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "transformers",
+    "typer",
+}
+MAY_USE_OPTIONAL = {"hf", "extend", "evaluate", "cli"}
+
+NAMES: list[str] = []
+
+
+def part_of(module: Path) -> str:
+    return module.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(module: Path) -> Iterator[tuple[int, str]]:
+    """Yield line and full name of everything that a module imports, inside functions too."""
+    package = ["longspan", *module.relative_to(ROOT).parent.parts]
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (above, node.module) if part)
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def named(module: Path) -> str:
+    return str(module.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("module", MODULES, ids=named)
+def test_imports_point_down(module: Path):
+    part = part_of(module)
+    if part in ("__init__", "__main__"):
+        return
+    assert part in BELOW, f"{part} has no place in the order of imports"
+    for line, name in imports(module):
+        if name.startswith("longspan."):
+            other = name.split(".")[1]
+            assert other == part or other in BELOW[part], f"{named(module)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "kernel").glob("*.py")), ids=named)
+def test_kernels_never_import_one_another(module: Path):
+    kernels = {path.stem for path in (ROOT / "kernel").glob("*.py")} & {"reference", "sdpa", "flex"}
+    if module.stem in kernels:
+        for line, name in imports(module):
+            others = {f"longspan.kernel.{kernel}" for kernel in kernels}
+            assert not any(name.startswith(other) for other in others), (
+                f"{named(module)}:{line} imports {name}"
+            )
+
+
+@pytest.mark.parametrize("module", MODULES, ids=named)
+def test_optional_packages_stay_above(module: Path):
+    if part_of(module) not in MAY_USE_OPTIONAL:
+        for line, name in imports(module):
+            assert name.split(".")[0] not in OPTIONAL, f"{named(module)}:{line} imports {name}"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=named)
+def test_nothing_is_evaluated_from_text(module: Path):
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec", "compile"), f"{named(module)}:{node.lineno}"
+
+
+@pytest.mark.parametrize("module", MODULES + sorted(TESTS.glob("*.py")), ids=lambda module: module.name)
+def test_files_have_one_job(module: Path):
+    assert len(module.read_text().splitlines()) <= 400
+    assert module.stem not in ("utils", "util", "common", "helpers", "helper", "misc")
+
+
+def test_promised_names_are_frozen():
+    assert sorted(longspan.__all__) == NAMES
+    assert len(NAMES) <= 20
+    for name in NAMES:
+        assert hasattr(longspan, name)
+
+
+def test_optional_packages_stay_unimported():
+    program = "import sys, longspan; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert OPTIONAL.isdisjoint(done.stdout.split())
