@@ -34,7 +34,14 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-FAMILIES = [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config, GemmaConfig, Gemma2Config]
+FAMILIES = [
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    GemmaConfig,
+    Gemma2Config,
+]
 
 
 def llama(**keys):
@@ -54,7 +61,10 @@ def frequencies(theta, width, method, factor, original):
     def dimension(turns):
         return width * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
 
-    low, high = max(math.floor(dimension(32)), 0), min(math.ceil(dimension(1)), width - 1)
+    low, high = (
+        max(math.floor(dimension(32)), 0),
+        min(math.ceil(dimension(1)), width - 1),
+    )
     result = []
     for d, frequency in enumerate(plain):
         slow = min(max((d - low) / (high - low), 0), 1)
@@ -103,7 +113,9 @@ def test_both_styles_of_keys_alone_give_bit_equal_frequencies(method, tmp_path):
         assert torch.equal(alone, both)
 
 
-def test_a_written_config_says_the_same_in_both_styles_and_nothing_of_longspan(tmp_path):
+def test_a_written_config_says_the_same_in_both_styles_and_nothing_of_longspan(
+    tmp_path,
+):
     config = extended(llama(), method="yarn", length=4096)
     text = write_config(config, tmp_path / "new").read_text()
     keys = json.loads(text)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from email.message import Message
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
@@ -36,7 +38,12 @@ def tokenizer():
 
 
 def config(**keys):
-    small = dict(vocab_size=256, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    small = {
+        "vocab_size": 256,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    }
     return LlamaConfig(**small, num_attention_heads=4, max_position_embeddings=64, **keys)
 
 
@@ -74,7 +81,9 @@ def test_another_dtype_leaves_the_frequencies_in_float32(folder):
     assert model.model.rotary_emb.inv_freq.dtype is torch.float32
 
 
-def test_a_config_in_place_of_its_own_changes_the_frequencies_and_keeps_the_weights(folder):
+def test_a_config_in_place_of_its_own_changes_the_frequencies_and_keeps_the_weights(
+    folder,
+):
     longer = extended(load_config(folder), method="linear", length=256)
     plain, _ = load_model(folder)
     model, _ = load_model(folder, config=longer)
@@ -129,9 +138,9 @@ def test_a_file(folder):
 
 def test_an_id_without_a_network(monkeypatch):
     def no_network(*_, **__):
-        raise ConnectionError("Name or service not known")
+        raise URLError("Name or service not known")
 
-    monkeypatch.setattr(loading, "get_hf_file_metadata", no_network)
+    monkeypatch.setattr(loading, "urlopen", no_network)
     assert (
         refusal("nobody/nothing")
         == """The model's configuration cannot be fetched.
@@ -143,10 +152,13 @@ def test_an_id_without_a_network(monkeypatch):
 
 
 def test_an_id_that_the_hub_does_not_know(monkeypatch):
+    def forbidden(request, **_):
+        raise HTTPError(request.full_url, 403, "Forbidden", Message(), None)
+
     def unknown(*_, **__):
         raise OSError("nobody/nothing is not a valid model identifier\n")
 
-    monkeypatch.setattr(loading, "get_hf_file_metadata", lambda *_, **__: None)
+    monkeypatch.setattr(loading, "urlopen", forbidden)
     monkeypatch.setattr(AutoConfig, "from_pretrained", unknown)
     assert (
         refusal("nobody/nothing")
@@ -160,12 +172,18 @@ def test_an_id_that_the_hub_does_not_know(monkeypatch):
 
 
 NOT_CAUSAL = {
-    "encoder": (BertConfig(), "its tokens read in both directions (is_decoder is false)"),
+    "encoder": (
+        BertConfig(),
+        "its tokens read in both directions (is_decoder is false)",
+    ),
     "masked": (
         BertConfig(architectures=["BertForMaskedLM"]),
         "it was saved as BertForMaskedLM, not as BertLMHeadModel",
     ),
-    "sequence to sequence": (T5Config(), "transformers has no causal language model of type t5"),
+    "sequence to sequence": (
+        T5Config(),
+        "transformers has no causal language model of type t5",
+    ),
     "with an encoder": (BartConfig(), "it is an encoder with a decoder"),
     "classifier": (
         LlamaConfig(architectures=["LlamaForSequenceClassification"]),

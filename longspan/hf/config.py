@@ -60,14 +60,21 @@ def rope_parameters(config: PretrainedConfig, *, method: str, length: int) -> di
         raise InputError(
             message(
                 "The new length is not longer than the model's own.",
-                {"asked": f"{length} tokens", "model": f"reads {length_now} tokens already"},
+                {
+                    "asked": f"{length} tokens",
+                    "model": f"reads {length_now} tokens already",
+                },
                 fix=f"a length of more than {length_now}",
             )
         )
     if now["rope_type"] == "yarn":
         return _longer_yarn(now, method, length)
     if now["rope_type"] != "default":
-        raise _already_scaled(now, method, "how far it was stretched, and from which length, is not certain")
+        raise _already_scaled(
+            now,
+            method,
+            "how far it was stretched, and from which length, is not certain",
+        )
     if method == "ntk":
         return now | {"rope_theta": _ntk_theta(config, now, length / length_now)}
     scaled = now | {"rope_type": method, "factor": length / length_now}
@@ -163,7 +170,11 @@ def _check_method(method: str) -> None:
         )
     if method not in METHODS:
         raise InputError(
-            message("No RoPE scaling has this name.", {"asked": str(method)}, fix=", ".join(METHODS))
+            message(
+                "No RoPE scaling has this name.",
+                {"asked": str(method)},
+                fix=", ".join(METHODS),
+            )
         )
 
 
@@ -174,7 +185,10 @@ def _check_accepted(config: PretrainedConfig, method: str) -> None:
         found = type(config).from_dict(config.to_dict()).rope_parameters
         reason = f"its configuration turns it into {found['rope_type']}"
     except KeyError:
-        found, reason = None, "its configuration takes it for another kind of scaling, which needs more keys"
+        found, reason = (
+            None,
+            "its configuration takes it for another kind of scaling, which needs more keys",
+        )
     except (ValueError, TypeError, StrictDataclassError) as error:
         found, reason = None, str(error.__cause__ or error)
     if found != meant:
@@ -219,7 +233,10 @@ def _length(config: PretrainedConfig, now: dict[str, Any]) -> int:
         raise InputError(
             message(
                 "This model does not say how many tokens it reads.",
-                {"model": config.model_type, "found": f"max_position_embeddings = {length}"},
+                {
+                    "model": config.model_type,
+                    "found": f"max_position_embeddings = {length}",
+                },
                 fix="set max_position_embeddings in its config.json to the length it was trained at",
             )
         )
@@ -232,7 +249,11 @@ def _length(config: PretrainedConfig, now: dict[str, Any]) -> int:
 def _longer_yarn(now: dict[str, Any], method: str, length: int) -> dict[str, Any]:
     """Stretch YaRN further: its factor is counted from the trained length, which it carries with it."""
     if method != "yarn":
-        raise _already_scaled(now, method, "two kinds of scaling do not add up to one that a config can say")
+        raise _already_scaled(
+            now,
+            method,
+            "two kinds of scaling do not add up to one that a config can say",
+        )
     fixed = [key for key in _YARN_TEMPERATURE if now.get(key) is not None]
     if fixed:
         raise _already_scaled(now, method, f"its {', '.join(fixed)} was chosen for that factor alone")

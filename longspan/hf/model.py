@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import (
@@ -26,7 +28,7 @@ from longspan.hf.quiet import quiet
 
 DEFAULT = "default"
 _PACKAGED = Path(__file__).parents[1] / "default_model"
-# Seconds to wait for the hub's first answer; without a network its client would try for half a minute.
+# Seconds to wait for the hub's first answer.
 _PATIENCE = 10
 # How classes of causal models are called, those of older checkpoints and of foreign code among them.
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel")
@@ -170,18 +172,21 @@ def _may_be_id(place: str) -> bool:
 
 def _reading(place: str) -> dict[str, bool]:
     """Return how transformers shall read: from the network only if it answers, and never by foreign code."""
-    return {"local_files_only": Path(place).is_dir() or not _answers(place), "trust_remote_code": False}
+    return {
+        "local_files_only": Path(place).is_dir() or not _answers(),
+        "trust_remote_code": False,
+    }
 
 
-def _answers(place: str) -> bool:
-    """Say whether the hub answers for an id."""
+def _answers() -> bool:
+    """Say whether the hub can be reached: its own client tries for half a minute before it gives up."""
+    if is_offline_mode():
+        return False
     try:
-        get_hf_file_metadata(hf_hub_url(place, "config.json"), timeout=_PATIENCE)
-    except HfHubHTTPError:
-        # What it refuses, loading will say again with its reason.
+        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_PATIENCE).close()
+    except HTTPError:
         return True
-    except Exception:
-        # No answer. Which exception says so has changed with every HTTP library that the client has used.
+    except OSError:
         return False
     return True
 
@@ -229,7 +234,10 @@ def _unreadable(place: str, part: str, error: Exception, reading: dict[str, bool
                 fix="a complete checkpoint: config.json, weights and tokenizer",
             )
         )
-    tried = [f"the folder {place}: there is none", f"Hugging Face id {place}, copies on this machine"]
+    tried = [
+        f"the folder {place}: there is none",
+        f"Hugging Face id {place}, copies on this machine",
+    ]
     if reading["local_files_only"]:
         tried += ["huggingface.co: it does not answer"]
         facts = {"tried": tried}
