@@ -7,6 +7,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ MANY = 100
 # A dataset is read until it has given this many characters.
 DATASET_CHARACTERS = 64_000_000
 
-_DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.%\[\]:-]+))?")
+_DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -227,48 +228,49 @@ def _binary(path: Path, reason: str) -> InputError:
 
 
 def _dataset(source: str, asked: Mapping[str, str | None], column: str | None) -> list[Document]:
-    facts: dict[str, str] = {"asked": f"the text {source!r}", "looked": "no file or folder of that name"}
-    try:
-        import datasets
-    except ImportError as error:
-        facts["because"] = "the package that reads datasets is not installed"
-        raise InputError(
-            message("A dataset cannot be fetched.", facts, fix="pip install datasets, or name a text file")
-        ) from error
     part = asked["split"] or "train"
     try:
+        # An optional package, wanted only here.
+        datasets = import_module("datasets")
         rows = datasets.load_dataset(asked["id"], asked["config"], split=part, streaming=True)
-        first = next(iter(rows), None)
+        return _rows(rows, f"{asked['id']}:{part}", source, column)
+    except InputError:
+        raise
+    except ImportError as error:
+        reason, fix = (
+            "the package that reads datasets is not installed",
+            "pip install datasets, or name a text file",
+        )
+        raise _unfetched(source, reason, fix) from error
     # Whatever a remote dataset does wrong (no network, no such name, no such split, a bad file) is one kind of
-    # event here; the library raises a dozen types for it.
+    # event here; the package raises a dozen types for it.
     except Exception as error:
-        facts["because"] = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            message(
-                "A dataset cannot be fetched.",
-                facts,
-                fix="check the name (owner/name, then /config and :split if needed) and the network, "
-                "or name a text file",
-            )
-        ) from error
-    column = _column(source, first or {}, column)
-    kept = _rows(rows, f"{asked['id']}:{part}", column)
-    if not kept:
-        facts["looked"] = f"column {column!r}, no text in it"
-        raise InputError(message("A dataset is empty.", facts, fix="another split, or another dataset"))
-    return kept
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fix = "check the name (owner/name, then /config and :split if needed) and the network, or name a text file"
+        raise _unfetched(source, reason, fix) from error
 
 
-def _rows(rows: Iterable[Mapping[str, Any]], name: str, column: str) -> list[Document]:
+def _unfetched(source: str, reason: str, fix: str) -> InputError:
+    facts = {"asked": f"the text {source!r}", "looked": "no file or folder of that name", "because": reason}
+    return InputError(message("A dataset cannot be fetched.", facts, fix=fix))
+
+
+def _rows(rows: Iterable[Mapping[str, Any]], name: str, source: str, column: str | None) -> list[Document]:
+    """Read a dataset row by row until there is enough text."""
     kept: list[Document] = []
     characters = 0
     for number, row in enumerate(rows):
+        if number == 0:
+            column = _column(source, row, column)
         text = row[column] or ""
         if text.strip():
             kept.append(Document(f"{name}#{number}", text))
             characters += len(text)
             if characters >= DATASET_CHARACTERS:
                 break
+    if not kept:
+        facts = {"asked": f"the text {source!r}", "found": "no row with text in it"}
+        raise InputError(message("A dataset is empty.", facts, fix="another split, or another dataset"))
     return kept
 
 
