@@ -1,7 +1,7 @@
 """The oracle: who reads whom, key by key, from the papers' words, and attention as sums over pairs.
 
-Nothing here comes from longspan, so that an error in one cannot hide in the other. A method is written as the keys
-that one query of one head reads, listed one after another; a key that is listed twice counts twice.
+Nothing here comes from longspan, so that an error in one cannot hide in the other. A method is written as the
+keys that one query of one head reads, listed one after another; a key that is listed twice counts twice.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def longformer(
     anchors: Iterable[int] = (),
     causal: bool = False,
 ) -> np.ndarray:
-    """Longformer (2004.05150, section 3): `reach` keys on each side, `dilation` apart, and the global positions.
+    """Longformer (2004.05150, section 3): `reach` keys on each side, `dilation` apart, and global positions.
 
-    A global position is read by all and reads all. It is read once even where it is also in the window. Causal
-    means that nothing after the query is read, by global positions neither.
+    A global position is read by all and reads all, and is read once even where the window holds it too. Causal
+    means that nothing after the query is read, not by global positions either.
     """
     anchors = set(anchors)
 
@@ -99,9 +99,9 @@ def longnet(
 ) -> np.ndarray:
     """LongNet (2307.02486, section 3): a mixture of branches, one (segment length, dilation) each.
 
-    A branch cuts the sequence into segments and keeps every r-th row of each, the first of them at the head's number
-    modulo r; the kept rows attend among themselves. The mixture weighs branches by their softmax denominators, so a
-    pair that stands in several branches counts once for each.
+    A branch cuts the sequence into segments and keeps every r-th row of each, the first of them at the head's
+    number modulo r; the kept rows attend among themselves. The mixture weighs branches by their softmax
+    denominators, so a pair that stands in several branches counts once for each.
     """
 
     def reads(head: int, q: int) -> list[int]:
@@ -119,7 +119,7 @@ def longnet(
 def s2(heads: int, n: int, group: int, *, causal: bool = True) -> np.ndarray:
     """S2-Attn (2309.12307, section 3.2), without the leak of its pseudo-code.
 
-    The first half of the heads attend causally inside groups; for the other half the borders of the groups lie half a
+    The first half of the heads attend inside groups; for the other half the borders of the groups lie half a
     group earlier, so that the first group is only half as long (and has the middle token of an odd group).
     """
 
@@ -146,20 +146,20 @@ def _cross_window(q: int, size: int, shift: int, causal: bool) -> list[int]:
 
 
 def scca_fixed(heads: int, n: int, size: int, shift: int, *, causal: bool = True) -> np.ndarray:
-    """SCCA fixed (2312.07305): half the heads keep their window, the keys of the others are rolled by `shift`."""
+    """SCCA fixed (2312.07305): half the heads keep their window, the keys of the others roll by `shift`."""
     return tally(heads, n, lambda head, q: _cross_window(q, size, 0 if head < heads // 2 else shift, causal))
 
 
 def scca_flow(heads: int, n: int, size: int, windows: int, *, causal: bool = True) -> np.ndarray:
-    """SCCA flow (2312.07305): head h's keys are rolled by h windows, beginning again after `windows` heads."""
+    """SCCA flow (2312.07305): the keys of head h roll by h windows, beginning again after `windows` heads."""
     return tally(heads, n, lambda head, q: _cross_window(q, size, head % windows * size, causal))
 
 
 def sda(heads: int, n: int, step: int, *, rows: str = "all", causal: bool = True) -> np.ndarray:
     """SDA (2312.07305): every `step`-th key of the whole sequence, each head at its own offset.
 
-    "all": every query, counted from `head` positions before itself. "selected": only the queries whose position is
-    the head's number modulo `step`, among themselves.
+    "all": every query, counted from `head` positions before itself. "selected": only the queries whose
+    position is the head's number modulo `step`, among themselves.
     """
 
     def reads(head: int, q: int) -> list[int]:
@@ -197,8 +197,9 @@ def attention(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Attention as its sums over pairs, `count * exp(score)` each, in double precision.
 
-    Tensors are `[batch, heads, length, width]`, counts `[heads, queries, keys]`. Query heads share keys in runs: with
-    8 query heads and 2 key heads, heads 0 to 3 read the first. A query without keys gives 0 and minus infinity.
+    Tensors are `[batch, heads, length, width]`, counts `[heads, queries, keys]`. Query heads share keys in
+    runs: with 8 query heads and 2 key heads, heads 0 to 3 read the first. A query without keys gives 0 and
+    minus infinity.
     """
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
@@ -224,8 +225,8 @@ def dense(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same sums over whole matrices, in the precision of the tensors, with gradients.
 
-    In float64 it is the truth that kernels are held to; in a low precision it is the plain computation whose error is
-    the budget of a kernel.
+    In float64 it is the truth that kernels are held to; in a low precision it is the plain computation whose
+    error is the budget of a kernel.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -279,8 +280,8 @@ def same_pairs(claimed: np.ndarray, truth: np.ndarray, asked: str = "") -> None:
 def within_budget(claimed: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, asked: str = "") -> None:
     """Reject a result whose largest error exceeds twice that of the plain computation in the same precision.
 
-    One rounding of the largest true number is added, for a plain computation that is exact by luck. In float64 there
-    is nothing to compare with and the budget is 1e-10. Infinities must stand exactly where the truth has them.
+    One rounding of the largest true number is added, for a plain computation that is exact by luck. In float64
+    there is nothing to compare with and the budget is 1e-10. Infinities must stand where the truth has them.
     """
     assert claimed.shape == truth.shape, (
         f"{asked}: shape {list(claimed.shape)}, should be {list(truth.shape)}"

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: random patterns over all atoms and operators, awkward lengths, rectangles of pairs."""
+"""Hypothesis strategies: random patterns of all atoms and operators, awkward lengths, rectangles of pairs."""
 
 from __future__ import annotations
 

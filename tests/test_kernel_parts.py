@@ -72,20 +72,21 @@ def check_parts(pattern: Pattern, queries: range, keys: range) -> None:
     found = np.zeros_like(truth)
     touched = np.zeros(len(queries), dtype=bool)
     for part in parts(pattern, queries, keys):
-        fresh = np.zeros(len(queries), dtype=bool)
-        pairs = 0
+        read = np.zeros(len(queries), dtype=np.int64)
         for i in range(part.shape[0]):
+            together = np.zeros(len(queries), dtype=np.int64)
             for j in range(part.shape[1]):
                 rows, columns = indices(part.query, i, j), indices(part.key, i, j)
                 assert rows.min() >= 0 and rows.max() < len(queries)
                 assert columns.min() >= 0 and columns.max() < len(keys)
                 found[np.ix_(rows, columns)] += held(part)
-                assert not fresh[rows].any() or not part.fresh, f"{pattern}: rows meet inside a fresh part"
-                fresh[rows] = True
-                pairs += int(held(part).sum())
-        assert part.pairs == pairs <= part.area
-        assert not part.fresh or not (touched & fresh).any()
-        touched |= fresh
+                together[rows] += 1
+            # One call writes its rectangles at once, and a fresh part does not look at what was there.
+            assert together.max() == 1, f"{pattern}: rectangles of one call share queries"
+            read += together
+        assert part.pairs == part.rectangles * int(held(part).sum()) <= part.area
+        assert not part.fresh or (read.max() == 1 and not touched[read > 0].any())
+        touched |= read > 0
     wrong = np.argwhere(found != truth)
     assert not len(wrong), f"{pattern} over {queries} x {keys}: first wrong pair {wrong[0]}, of {len(wrong)}"
 

@@ -1,4 +1,4 @@
-"""The oracle is held to figures worked out elsewhere, and must reject answers that are wrong in the usual ways."""
+"""The oracle is held to figures worked out elsewhere, and rejects answers wrong in the usual ways."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The laws of patterns: what operators do to counts, what the range reading promises, what an expression says."""
+"""The laws of patterns: what operators do to counts, what the range reading promises, what is printed."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def _blocks(draw: st.DrawFn) -> range:
     _blocks(),
 )
 def test_blocks_of_neighbours_are_decided_wherever_they_can_be(pattern: Pattern, queries: range, keys: range):
-    """A reading that always answers "partial" is sound too; for these patterns none better than ours exists."""
+    """A reading that always answers "partial" is sound too; for these patterns no better than ours exists."""
     bracket = pattern.count(Progression.of(queries), Progression.of(keys))
     truth = counts(pattern, queries, keys)
     assert bracket.low == truth.min()
