@@ -46,8 +46,8 @@ class Blocks:
     """The rectangles of a pattern that are not empty, disjoint and complete.
 
     A rectangle covers `span` by `span` blocks of `size` by `size` places, cut off at the end of the text; only
-    full ones and triangles span more than one block. A triangle lies on the diagonal and holds exactly the pairs
-    with `k <= q`.
+    full ones and triangles span more than one block. A triangle is square and holds exactly the pairs with
+    `k <= q`, which are those whose place on the key side is not after their place on the query side.
 
     Attributes:
         query_side, key_side: the positions and their residue classes.
@@ -75,7 +75,7 @@ class Blocks:
         """Return the places each rectangle covers on the query side and on the key side."""
         rows = _covered(self.query_side, self.query_class, self.row, self.span, self.size)
         columns = _covered(self.key_side, self.key_class, self.column, self.span, self.size)
-        return rows, columns
+        return rows, np.where(self.kind == TRIANGLE, rows, columns)
 
     @property
     def area(self) -> int:
@@ -197,7 +197,11 @@ class _Descent:
         empty = np.broadcast_to(bracket.empty, row.shape)
         full = np.broadcast_to(bracket.full, row.shape)
         kind = np.where(empty, 0, np.where(full, FULL, PARTIAL)).astype(np.int8)
-        on_diagonal = (kind == PARTIAL) & (q.low == k.low) & (q.high == k.high) & (q.step == k.step)
+        # Places count alike on both sides while the classes begin less than a step apart.
+        apart = q.low - k.low
+        # Keys past the last query are in no triangle and are left out of it.
+        on_diagonal = (kind == PARTIAL) & (q.step == k.step) & (rows <= columns)
+        on_diagonal &= (apart >= 0) & (apart < np.maximum(q.step, 1))
         if on_diagonal.any() and self.with_causal != self.pattern:
             q, k = (
                 Progression(side.low[on_diagonal], side.high[on_diagonal], side.step[on_diagonal])

@@ -34,7 +34,9 @@ def terms(pattern: Pattern) -> tuple[Pattern, ...]:
     if isinstance(pattern, Intersection):
         return tuple(reduce(and_, choice) for choice in product(*map(terms, pattern.parts)))
     if isinstance(pattern, Union) and _worth_cutting(pattern):
-        cut = [term for part in pattern.parts for term in terms(part)]
+        # Parts that repeat come first: what they leave over of the others is small.
+        ordered = sorted(pattern.parts, key=lambda part: part.period is None)
+        cut = [term for part in ordered for term in terms(part)]
         return tuple(reduce(lambda kept, before: kept - before, cut[:n], term) for n, term in enumerate(cut))
     return (pattern,)
 

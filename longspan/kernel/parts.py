@@ -13,15 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
-from longspan.derive.blocks import Blocks, blocks
-from longspan.derive.terms import terms
-from longspan.kernel.runs import CAUSAL, MASKED, Runs, exact, runs
+from longspan.derive.tiling import SIZE, Tile, tiling
+from longspan.kernel.runs import CAUSAL, MASKED, Runs, runs
 from longspan.pattern import Pattern
 
-SIZE = 128
-# Squares of blocks that may be looked at merely to compare the contiguous layout with a strided one.
-_COMPARABLE = 1 << 16
-_CLASS_PAIRS = 1 << 16
+# How far the next rectangle lies on, outer and inner, for queries and for keys.
+Advances = tuple[tuple[int, int], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -82,61 +79,41 @@ class Part:
         return "causal" if self.causal else "plain" if self.allowed is None else "masked"
 
 
-def parts(pattern: Pattern, queries: range, keys: range) -> tuple[Part, ...]:
-    """Return the parts of a pattern of one head over a range of queries and a range of keys.
+def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) -> tuple[Part, ...]:
+    """Return the parts of a pattern of one head over a range of queries and a range of keys, in blocks of a size.
 
     Law: the rectangles of all parts together hold every pair as often as the pattern counts it.
     """
     made: list[Part] = []
     touched = np.zeros(len(queries), dtype=bool)
-    for term in terms(pattern):
-        found = cheapest_blocks(term, queries, keys)
-        joined = runs(term, found)
+    for tile in tiling(pattern, queries, keys, size=size):
+        joined = runs(tile)
         for look in range(int(joined.look.max(initial=-1)) + 1):
             alike = np.flatnonzero(joined.look == look)
             for chosen, shape, advances in _lattices(joined.query[alike], joined.key[alike]):
-                made.append(_part(term, found, joined, alike[chosen], shape, advances, touched))
+                made.append(_part(tile, joined, alike[chosen], shape, advances, touched))
     return tuple(made)
 
 
-def cheapest_blocks(term: Pattern, queries: range, keys: range) -> Blocks:
-    """Return the blocks of a relation in the layout that covers the fewest pairs: contiguous, or by residues."""
-    steps = term.steps
-    squares = -(-len(queries) // SIZE) * -(-len(keys) // SIZE)
-    strided_possible = steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS
-    found = []
-    if strided_possible:
-        found.append(blocks(term, queries=queries, keys=keys, size=SIZE, steps=steps))
-    if not strided_possible or squares <= _COMPARABLE:
-        found.append(blocks(term, queries=queries, keys=keys, size=SIZE))
-    return min(found, key=lambda layout: layout.area)
-
-
 def _part(
-    term: Pattern,
-    found: Blocks,
+    tile: Tile,
     joined: Runs,
     chosen: np.ndarray,
     shape: tuple[int, int],
-    advances: tuple[tuple[int, int], tuple[int, int]],
+    advances: Advances,
     touched: np.ndarray,
 ) -> Part:
-    first = chosen[0]
-    start = (int(joined.query[first]), int(joined.key[first]))
-    places = (int(joined.rows[first]), int(joined.columns[first]))
-    query, key = (
-        Lattice(start[side], step, places[side], *advances[side])
-        for side, step in enumerate((found.query_side.step, found.key_side.step))
-    )
-    masked = joined.kind[first] == MASKED
-    allowed = np.ascontiguousarray(exact(term, found, *start, *places)) if masked else None
-    rows = joined.query[chosen][:, None] + np.arange(places[0]) * query.step
+    sample = chosen[0]
+    start = (int(joined.query[sample]), int(joined.key[sample]))
+    places = (int(joined.rows[sample]), int(joined.columns[sample]))
+    query = Lattice(start[0] + tile.lead, tile.blocks.query_side.step, places[0], *advances[0])
+    key = Lattice(start[1], tile.blocks.key_side.step, places[1], *advances[1])
+    masked = joined.kind[sample] == MASKED
+    allowed = np.array(tile.mask(*start, *places)) if masked else None
+    rows = tile.lead + joined.query[chosen][:, None] + np.arange(places[0]) * query.step
     fresh = not touched[rows].any()
     touched[rows] = True
-    return Part(query, key, shape, allowed, bool(joined.kind[first] == CAUSAL), fresh)
-
-
-Advances = tuple[tuple[int, int], tuple[int, int]]
+    return Part(query, key, shape, allowed, bool(joined.kind[sample] == CAUSAL), fresh)
 
 
 def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks
-from longspan.pattern import Pattern
+from longspan.derive.tiling import Tile
 
 # Blocks that one run with a mask may span; wider ones are cut into a masked edge and an interior without mask.
 WIDEST = 48
@@ -38,8 +38,9 @@ class Runs:
     look: np.ndarray
 
 
-def runs(pattern: Pattern, blocks: Blocks) -> Runs:
+def runs(tile: Tile) -> Runs:
     """Join the blocks of a relation into runs, disjoint and complete."""
+    blocks = tile.blocks
     alone, joined = _intervals(blocks)
     stretches = np.concatenate([_stretches(joined), alone])
     query = stretches["query_class"] + stretches["row"] * blocks.size * blocks.query_side.step
@@ -52,11 +53,12 @@ def runs(pattern: Pattern, blocks: Blocks) -> Runs:
         (stretches["stop"] - stretches["start"]) * blocks.size,
         blocks.key_side.lengths[stretches["key_class"]] - stretches["start"] * blocks.size,
     )
-    kind = stretches["kind"].astype(np.int64)
+    kind = stretches["kind"].copy()
+    columns = np.where(kind == CAUSAL, rows, columns)
     facts = [kind, rows, columns]
     masked = kind == MASKED
     if masked.any():
-        facts += _mask_facts(pattern, blocks, query, key, rows, columns, masked)
+        facts += _mask_facts(tile, query, key, rows, columns, masked)
     _, look = np.unique(np.stack(facts), axis=1, return_inverse=True)
     return Runs(query, key, rows, columns, kind, look.ravel())
 
@@ -66,41 +68,45 @@ _STRETCH = np.dtype(
 )
 
 
-def _stretch(blocks: Blocks, chosen: np.ndarray, repeat: np.ndarray, kind: int) -> np.ndarray:
-    """Return one stretch per row of the chosen rectangles, spanning their width."""
-    made = np.zeros(int(repeat.sum()), dtype=_STRETCH)
-    place = np.arange(len(made)) - np.repeat(np.cumsum(repeat) - repeat, repeat)
-    for name in ("query_class", "key_class"):
-        made[name] = np.repeat(getattr(blocks, name)[chosen], repeat)
-    made["row"] = np.repeat(blocks.row[chosen], repeat) + place
-    made["height"] = 1
-    made["start"] = np.repeat(blocks.column[chosen], repeat)
-    made["stop"] = made["start"] + np.repeat(blocks.span[chosen], repeat)
+def _whole(blocks: Blocks, chosen: np.ndarray, kind: int) -> np.ndarray:
+    """Return one stretch per rectangle, as tall and as wide as the text lets it be."""
+    rows, columns = (-(-places[chosen] // blocks.size) for places in blocks.extents())
+    made = np.zeros(len(chosen), dtype=_STRETCH)
+    made["query_class"], made["key_class"] = blocks.query_class[chosen], blocks.key_class[chosen]
+    made["row"], made["height"] = blocks.row[chosen], rows
+    made["start"], made["stop"] = blocks.column[chosen], blocks.column[chosen] + columns
     made["kind"] = kind
     return made
 
 
+def _by_row(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cut stretches into rows of blocks; also return which one each came from, and how far down in it."""
+    owner = np.repeat(np.arange(len(whole)), whole["height"])
+    depth = np.arange(len(owner)) - np.repeat(np.cumsum(whole["height"]) - whole["height"], whole["height"])
+    rows = whole[owner]
+    rows["row"] += depth
+    rows["height"] = 1
+    return rows, owner, depth
+
+
 def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """Return the triangles that stand alone, and all else as one stretch per row of blocks."""
-    full, partial, triangle = (np.flatnonzero(blocks.kind == kind) for kind in (FULL, PARTIAL, TRIANGLE))
-    plain = _stretch(blocks, full, blocks.span[full], PLAIN)
-    masked = _stretch(blocks, partial, blocks.span[partial], MASKED)
-    rows_of_triangles = _stretch(blocks, triangle, blocks.span[triangle], CAUSAL)
+    full, partial, triangle = (
+        _whole(blocks, np.flatnonzero(blocks.kind == found), kind)
+        for found, kind in ((FULL, PLAIN), (PARTIAL, MASKED), (TRIANGLE, CAUSAL))
+    )
+    others = np.concatenate([_by_row(full)[0], partial])
     # A triangle with blocks at its left belongs to a band and is cut into rows like the rest of it.
-    others = np.concatenate([plain, masked])
-    touching = np.isin(_address(rows_of_triangles, "start"), _address(others, "stop"))
-    owner = np.repeat(np.arange(len(triangle)), blocks.span[triangle])
+    rows, owner, depth = _by_row(triangle)
+    touching = np.isin(_address(rows, "start"), _address(others, "stop"))
     in_band = np.zeros(len(triangle), dtype=bool)
     in_band[owner[touching]] = True
-
-    alone = _stretch(blocks, triangle[~in_band], np.ones((~in_band).sum(), dtype=np.int64), CAUSAL)
-    alone["height"] = blocks.span[triangle[~in_band]]
-    cut = rows_of_triangles[in_band[owner]]
-    depth = cut["row"] - np.repeat(blocks.row[triangle[in_band]], blocks.span[triangle[in_band]])
-    before, corner = cut.copy(), cut.copy()
-    before["stop"], before["kind"] = cut["start"] + depth, PLAIN
-    corner["start"], corner["stop"], corner["kind"] = before["stop"], before["stop"] + 1, MASKED
-    return alone, np.concatenate([others, before[depth > 0], corner])
+    cut = in_band[owner]
+    before, corner, depth = rows[cut], rows[cut], depth[cut]
+    before["stop"], before["kind"] = before["start"] + depth, PLAIN
+    corner["start"], corner["kind"] = before["stop"], MASKED
+    corner["stop"] = corner["start"] + 1
+    return triangle[~in_band], np.concatenate([others, before[depth > 0], corner])
 
 
 def _address(stretches: np.ndarray, edge: str) -> np.ndarray:
@@ -160,8 +166,7 @@ def _joined(ordered: np.ndarray, joins: np.ndarray) -> np.ndarray:
 
 
 def _mask_facts(
-    pattern: Pattern,
-    blocks: Blocks,
+    tile: Tile,
     query: np.ndarray,
     key: np.ndarray,
     rows: np.ndarray,
@@ -169,26 +174,17 @@ def _mask_facts(
     masked: np.ndarray,
 ) -> list[np.ndarray]:
     """Return arrays that are equal for two masked runs of one shape only if their masks are equal."""
-    q = blocks.query_side.positions.start + query * blocks.query_side.positions.step
-    k = blocks.key_side.positions.start + key * blocks.key_side.positions.step
-    period = pattern.period
+    period = tile.term.period
     if period is not None:
         # A shift by the period changes no pair, so distance and phase decide the mask.
+        q, k = (
+            side.positions.start + index * side.positions.step
+            for side, index in ((tile.blocks.query_side, query), (tile.blocks.key_side, key))
+        )
         return [np.where(masked, q - k, 0), np.where(masked, q % period, 0)]
     content = np.full(len(query), -1)
     seen: dict[bytes, int] = {}
-    for index in np.flatnonzero(masked):
-        allowed = exact(pattern, blocks, int(query[index]), int(key[index]), rows[index], columns[index])
-        packed = np.packbits(allowed).tobytes()
-        content[index] = seen.setdefault(packed, len(seen))
+    for run in np.flatnonzero(masked):
+        packed = np.packbits(tile.mask(query[run], key[run], rows[run], columns[run])).tobytes()
+        content[run] = seen.setdefault(packed, len(seen))
     return [content]
-
-
-def exact(pattern: Pattern, blocks: Blocks, query: int, key: int, rows: int, columns: int) -> np.ndarray:
-    """Return the exact mask of one rectangle of places, bool `[rows, columns]`."""
-    sides = ((blocks.query_side, query, rows), (blocks.key_side, key, columns))
-    q, k = (
-        side.positions.start + (first + np.arange(count) * side.step) * side.positions.step
-        for side, first, count in sides
-    )
-    return np.broadcast_to(pattern.contains(q[:, None], k[None, :]), (int(rows), int(columns)))

@@ -133,6 +133,10 @@ class Dilated(Atom):
     def steps(self) -> tuple[int, int]:
         return (self.step, self.step)
 
+    @property
+    def lead(self) -> int:
+        return self.offset
+
 
 @dataclass(frozen=True, repr=False)
 class Chunk(Atom):

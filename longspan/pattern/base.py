@@ -73,6 +73,11 @@ class Pattern:
         """Steps of the query and key progressions in which the pattern may be dense."""
         return (1, 1)
 
+    @property
+    def lead(self) -> int:
+        """How many first queries to set apart so that the classes of `steps` begin side by side."""
+        return 0
+
     def __and__(self, other: Pattern) -> Pattern:
         return Intersection(_flat(Intersection, self, other))
 
@@ -149,6 +154,10 @@ class Intersection(Pattern):
     def steps(self) -> tuple[int, int]:
         steps = [part.steps for part in self.parts]
         return (math.lcm(*(q for q, _ in steps)), math.lcm(*(k for _, k in steps)))
+
+    @property
+    def lead(self) -> int:
+        return max(part.lead for part in self.parts)
 
     def __str__(self) -> str:
         return _joined(self.parts, "&", self.precedence)

@@ -1,0 +1,162 @@
+"""The one operation: attention over a pattern."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.errors import ShapeError, message
+from longspan.kernel import reference, sdpa
+from longspan.kernel.plan import choose, head_groups, scores_refusal
+from longspan.pattern import Pattern
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    queries: range | None = None,
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """Attend: each query takes the mean of the values its pattern lets it read, weighed by softmax.
+
+    Law: with m the counts of the pattern, `output_i = sum_j m_ij exp(scale q_i.k_j) v_j / sum_j m_ij exp(scale
+    q_i.k_j)`. A query that reads nothing gives 0. All kernels give the same numbers, forward and backward.
+
+    Args:
+        query: `[batch, heads, queries, width]`, float.
+        key: `[batch, key heads, keys, width]`; key head `h // (heads // key heads)` serves query head `h`.
+        value: `[batch, key heads, keys, value width]`.
+        pattern: which keys each query reads, and how often.
+        queries: absolute positions of the queries; keys are at `range(keys)`. None takes the last positions, so
+            that one new token attends to everything cached before it.
+        scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+        kernel: "sdpa" or "reference" to insist on one; None takes the first that can run.
+
+    Returns:
+        `[batch, heads, queries, value width]` in the dtype of `query`.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among the heads.
+        PlanError: no kernel can run it; the message says why for each.
+        ShapeError: tensors that do not fit together.
+
+    Example:
+        >>> from longspan import SlidingWindow
+        >>> query = torch.randn(1, 8, 1000, 64)
+        >>> key = value = torch.randn(1, 2, 1000, 64)
+        >>> attend(query, key, value, SlidingWindow(128)).shape
+        torch.Size([1, 8, 1000, 64])
+
+    References:
+        Vaswani et al., Attention Is All You Need (arXiv 1706.03762), section 3.2.1.
+    """
+    return attend_with_lse(
+        query, key, value, pattern, queries=queries, scale=scale, kernel=kernel
+    )[0]
+
+
+def attend_with_lse(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    queries: range | None = None,
+    scale: float | None = None,
+    kernel: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend as `attend` does, and return the logarithm of the softmax denominator too.
+
+    Returns:
+        The output, and its log-sum-exp `[batch, heads, queries]` in float32 (float64 for float64), minus infinity
+        for a query that reads nothing. Gradients flow through both.
+
+    Example:
+        >>> from longspan import Causal
+        >>> query = key = value = torch.zeros(1, 1, 4, 8)
+        >>> attend_with_lse(query, key, value, Causal())[1].exp()
+        tensor([[[1., 2., 3., 4.]]])
+    """
+    query, key, value = _alike(query, key, value)
+    positions = _positions(query, key, value, pattern, queries)
+    heads, width = query.shape[1], query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    keys = range(key.shape[2])
+    refusals = {
+        "sdpa": sdpa.refusal(query, value),
+        "reference": scores_refusal(reference.scores_bytes(query, key)),
+    }
+    chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, positions))
+    if chosen == "reference":
+        return reference.attend(query, key, value, pattern, queries=positions, scale=scale)
+    return sdpa.attend(query, key, value, head_groups(pattern, heads, positions, keys), scale)
+
+
+def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors in the dtype that autocast wants, as PyTorch's own attention does."""
+    kind = tensors[0].device.type
+    if torch.is_autocast_enabled(kind):
+        wanted = torch.get_autocast_dtype(kind)
+        return tuple(
+            tensor.to(wanted) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+            for tensor in tensors
+        )
+    return tensors
+
+
+def _facts(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None
+) -> dict[str, str]:
+    sides = {"query": query, "key": key, "value": value}
+    described = {
+        name: f"{list(side.shape)} {str(side.dtype).removeprefix('torch.')}, {side.device}"
+        for name, side in sides.items()
+    }
+    return {"pattern": str(pattern), **described, "queries": "the last ones" if queries is None else str(queries)}
+
+
+def _positions(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None
+) -> range:
+    """Return the positions of the queries, or raise ShapeError where anything does not fit."""
+
+    def refuse(problem: str, fix: str) -> ShapeError:
+        return ShapeError(message(problem, _facts(query, key, value, pattern, queries), fix=fix))
+
+    if not isinstance(pattern, Pattern):
+        raise refuse(f"The fourth argument is a pattern, got {type(pattern).__name__}.", "Causal(), for example")
+    if any(side.dim() != 4 for side in (query, key, value)):
+        raise refuse(
+            "Query, key and value have four dimensions: batch, heads, length and width.",
+            "tensor.unsqueeze(0) for a batch of one",
+        )
+    if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+        raise refuse("Query, key and value share one floating-point dtype.", "tensor.to(query.dtype)")
+    if not query.device == key.device == value.device:
+        raise refuse("Query, key and value lie on one device.", "tensor.to(query.device)")
+    if key.shape[:3] != value.shape[:3]:
+        raise refuse("Key and value have one batch, number of heads and length.", "a value for every key")
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
+        raise refuse("Query and key have one batch and one width.", "a key made for this query")
+    if not key.shape[1] or query.shape[1] % key.shape[1]:
+        raise refuse(
+            f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads equally.",
+            "a number of key heads that divides the number of query heads",
+        )
+    rows, columns = query.shape[2], key.shape[2]
+    if queries is None:
+        if rows > columns:
+            raise refuse(
+                f"{rows} queries are not the last of {columns} positions.",
+                f"queries=range({rows}) says where they are",
+            )
+        return range(columns - rows, columns)
+    if len(queries) != rows or queries.step < 1 or queries.start < 0:
+        raise refuse(
+            f"`queries` names {len(queries)} positions for {rows} queries.", f"queries=range(start, start + {rows})"
+        )
+    return queries

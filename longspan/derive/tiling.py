@@ -1,0 +1,72 @@
+"""Tiling: the terms of a pattern, each in the layout in which it covers the fewest pairs.
+
+A pattern of residues, such as a dilated one, is partial in every contiguous block. Inside its residue classes it is
+dense again, and a residue class of a tensor is a strided view, without a copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from longspan.derive.blocks import Blocks, Side, blocks
+from longspan.derive.terms import terms
+from longspan.pattern import Pattern
+
+SIZE = 128
+# Squares of blocks that may be looked at merely to compare the contiguous layout with a strided one.
+_COMPARABLE = 1 << 16
+_CLASS_PAIRS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One relation and its blocks.
+
+    Attributes:
+        term: a relation, the pattern of one head or a term of it.
+        lead: index of the first query of these blocks among all queries.
+        blocks: the rectangles that the relation fills.
+    """
+
+    term: Pattern
+    lead: int
+    blocks: Blocks
+
+    def positions(self, side: Side, first: int, places: int) -> np.ndarray:
+        """Return the positions of `places` places from index `first` on, one step of the side apart."""
+        indices = first + np.arange(places) * side.step
+        return side.positions.start + indices * side.positions.step
+
+    def mask(self, query: int, key: int, rows: int, columns: int) -> np.ndarray:
+        """Return the exact mask of a rectangle that begins at a query and a key index, bool `[rows, columns]`."""
+        q = self.positions(self.blocks.query_side, query, rows)
+        k = self.positions(self.blocks.key_side, key, columns)
+        return np.broadcast_to(self.term.contains(q[:, None], k[None, :]), (rows, columns))
+
+
+def tiling(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) -> tuple[Tile, ...]:
+    """Return the tiles of the pattern of one head.
+
+    Law: the pairs of all tiles add up to the pattern's counts.
+    """
+    tiles = []
+    for term in terms(pattern):
+        for lead, rows in ((0, queries[: term.lead]), (term.lead, queries[term.lead :])):
+            if rows and keys:
+                tiles.append(Tile(term, lead, _cheapest(term, rows, keys, size)))
+    return tuple(tiles)
+
+
+def _cheapest(term: Pattern, queries: range, keys: range, size: int) -> Blocks:
+    """Return the blocks in the contiguous layout or by residues, whichever covers fewer pairs."""
+    steps = term.steps
+    squares = -(-len(queries) // size) * -(-len(keys) // size)
+    strided_possible = steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS
+    found = []
+    if strided_possible:
+        found.append(blocks(term, queries=queries, keys=keys, size=size, steps=steps))
+    if not strided_possible or squares <= _COMPARABLE:
+        found.append(blocks(term, queries=queries, keys=keys, size=size))
+    return min(found, key=lambda layout: layout.area)

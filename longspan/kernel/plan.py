@@ -1,0 +1,206 @@
+"""The plan: which kernel runs a pattern, in which parts, at what cost, and why not another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from longspan.errors import PlanError, ShapeError, message
+from longspan.kernel import sdpa
+from longspan.kernel.parts import Part, parts
+from longspan.pattern import Pattern
+
+# The most memory that dense scores may take.
+REFERENCE_BYTES = 8 * 10**9
+KERNELS = ("sdpa", "reference")
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How attention over a pattern is done. Print it to read it.
+
+    Attributes:
+        pattern: what is read.
+        heads: number of query heads.
+        queries, keys: absolute positions.
+        width: numbers in a head's query.
+        kernel: the kernel that runs, "sdpa" or "reference".
+        groups: heads that read alike, and their parts.
+        refused: kernels that do not run, each with its reason.
+    """
+
+    pattern: Pattern
+    heads: int
+    queries: range
+    keys: range
+    width: int
+    kernel: str
+    groups: tuple[sdpa.HeadGroup, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    @property
+    def pairs(self) -> int:
+        """Pairs read by all heads, exactly."""
+        return sum(part.pairs * len(group.heads) for group in self.groups for part in group.parts)
+
+    @property
+    def area(self) -> int:
+        """Pairs computed by all heads, masked ones included."""
+        return sum(part.area * len(group.heads) for group in self.groups for part in group.parts)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the pairs forward, a multiply-add being two."""
+        return 4 * self.width * self.pairs
+
+    def __str__(self) -> str:
+        dense = self.heads * len(self.queries) * len(self.keys)
+        share = self.pairs / dense if dense else 0.0
+        rows = [
+            ("pattern", str(self.pattern)),
+            ("heads", f"{self.heads}, width {self.width}"),
+            ("queries", f"{_span(self.queries)} reading keys {_span(self.keys)}"),
+            ("pairs", f"{self.pairs:,}, {share:.2%} of all"),
+            ("computed", f"{self.area:,}, {self.area / max(1, self.pairs):.2f} times the pairs"),
+            ("flops", f"{self.flops:,} forward"),
+            ("kernel", self.kernel),
+            *(("refused", f"{name}: {why}") for name, why in self.refused),
+        ]
+        lines = [f"  {label:<9} {text}" for label, text in rows]
+        for group in self.groups:
+            lines.append(f"  heads {', '.join(map(str, group.heads))}")
+            lines.extend(f"    {_line(part)}" for part in group.parts)
+        return "\n".join(["Plan", *lines])
+
+
+def _span(positions: range) -> str:
+    step = f", every {positions.step}" if positions.step > 1 else ""
+    return f"{positions.start} to {positions.stop - 1}{step}" if positions else "none"
+
+
+def _line(part: Part) -> str:
+    layout = "contiguous" if part.query.step == part.key.step == 1 else f"every {part.key.step}"
+    return (
+        f"{part.rectangles} x {part.kind:<6} {part.query.places} queries by {part.key.places} keys, "
+        f"{layout}, {part.pairs / part.area:.0%} of it read"
+    )
+
+
+def plan(
+    pattern: Pattern,
+    *,
+    length: int,
+    queries: range | None = None,
+    heads: int = 1,
+    width: int = 64,
+    dtype: str = "float32",
+    kernel: str | None = None,
+) -> Plan:
+    """Return what `attend` would do on the CPU, without doing it.
+
+    Law: the parts of the plan hold every pair as often as the pattern counts it, and plans of equal arguments are
+    the same object.
+
+    Args:
+        pattern: what is read.
+        length: number of keys, at positions `range(length)`.
+        queries: positions of the queries; None for those of the keys.
+        heads: number of query heads.
+        width: numbers in a head's query.
+        dtype: "float64", "float32", "bfloat16" or "float16".
+        kernel: "sdpa" or "reference" to insist on one; None takes the first that can run.
+
+    Returns:
+        A Plan; `print` shows it.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among `heads`.
+        PlanError: no kernel, or not the one asked for, can run it.
+        ShapeError: negative positions or an unknown dtype.
+
+    Example:
+        >>> from longspan import SlidingWindow
+        >>> print(plan(SlidingWindow(512), length=8192, heads=8))
+        Plan
+          pattern   SlidingWindow(512)
+          heads     8, width 64
+          queries   0 to 8191 reading keys 0 to 8191
+          pairs     32,507,904, 6.05% of all
+          computed  40,372,224, 1.24 times the pairs
+          flops     8,322,023,424 forward
+          kernel    sdpa
+          heads 0, 1, 2, 3, 4, 5, 6, 7
+            60 x masked 128 queries by 640 keys, contiguous, 80% of it read
+            1 x causal 512 queries by 512 keys, contiguous, 100% of it read
+    """
+    queries = range(length) if queries is None else queries
+    if dtype not in _BYTES:
+        raise ShapeError(
+            message("There is no such dtype here.", {"asked": dtype}, fix=f"one of {', '.join(_BYTES)}")
+        )
+    refusals = {"reference": scores_refusal(heads * len(queries) * length * max(4, _BYTES[dtype]))}
+    chosen, refused = choose(refusals, kernel, {"pattern": str(pattern)})
+    groups = head_groups(pattern, heads, queries, range(length))
+    return Plan(pattern, heads, queries, range(length), width, chosen, groups, refused)
+
+
+def choose(
+    refusals: dict[str, str | None], asked: str | None, facts: dict[str, str]
+) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """Return the kernel that runs and the reasons of those that cannot.
+
+    Args:
+        refusals: for each kernel why it cannot run, None where it can; kernels left out can run.
+        asked: the kernel insisted on, or None for the first that can.
+        facts: what to say of the tensors where none can.
+    """
+    if asked is not None and asked not in KERNELS:
+        raise PlanError(
+            message(f"There is no kernel called {asked}.", {"asked": asked}, fix=f"one of {', '.join(KERNELS)}")
+        )
+    able = [name for name in KERNELS if refusals.get(name) is None]
+    refused = tuple((name, why) for name in KERNELS if (why := refusals.get(name)))
+    if not able or (asked is not None and asked not in able):
+        problem = f"The kernel {asked}" if asked else "No kernel"
+        raise PlanError(
+            message(
+                f"{problem} can{'not' if asked else ''} run this pattern on these tensors.",
+                {**facts, "refused": [f"{name}  {why}" for name, why in refused]},
+                fix="kernel=None, which takes the first that can" if able else "fewer queries at a time, or a CPU",
+            )
+        )
+    return asked or able[0], refused
+
+
+def scores_refusal(needed: int) -> str | None:
+    """Say why dense scores of so many bytes cannot be had, or None where they can."""
+    if needed <= REFERENCE_BYTES:
+        return None
+    return f"would need {needed / 1e9:.1f} GB for the scores, limit is {REFERENCE_BYTES / 1e9:.0f} GB"
+
+
+@lru_cache(maxsize=256)
+def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[sdpa.HeadGroup, ...]:
+    """Return the heads that read alike, cut into regular ranges, with the parts they read by."""
+    alike: dict[Pattern, list[int]] = {}
+    for head in range(heads):
+        alike.setdefault(pattern.at_head(head, heads), []).append(head)
+    groups = []
+    for single, members in alike.items():
+        done = parts(single, queries, keys)
+        groups.extend(sdpa.HeadGroup(regular, done) for regular in _regular(members))
+    return tuple(groups)
+
+
+def _regular(members: list[int]) -> list[range]:
+    """Cut ascending numbers into ranges."""
+    ranges = []
+    while members:
+        step = members[1] - members[0] if len(members) > 1 else 1
+        size = next(
+            (n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members)
+        )
+        ranges.append(range(members[0], members[size - 1] + 1, step))
+        members = members[size:]
+    return ranges
