@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -22,7 +23,7 @@ _MARKERS = "oDs^vP"
 _INK, _FAINT, _GRID, _BEYOND, _NONE = "#24292f", "#57606a", "#e1e4e8", "#f4f6f8", "#f0f2f4"
 # Lengths are drawn on a logarithmic scale; this factor is left free at both ends.
 _ROOM = 1.13
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 11.5,
     "text.color": _INK,
@@ -53,7 +54,7 @@ def chart(report: Report, path: str | Path) -> None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 7.2), facecolor="white")
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        above, below = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.6, 1)))
         perplexity, passkey = above.subplots(1, 2)
         _perplexity(perplexity, report)
         _passkey(passkey, report)

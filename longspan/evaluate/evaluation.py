@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from longspan.evaluate.forward import Progress
-from longspan.evaluate.passkey import DEPTHS, TRIALS, Passkey, passkey
-from longspan.evaluate.perplexity import SEGMENTS, STRIDE, Perplexity, perplexity
+from longspan.evaluate.passkey import DEPTHS, TRIALS, Passkey, check_prompts, passkey
+from longspan.evaluate.perplexity import SEGMENTS, STRIDE, Perplexity, check_windows, perplexity
 from longspan.text.corpus import Corpus
 
 LENGTHS = (512, 1024, 2048, 4096)
@@ -86,6 +86,9 @@ def evaluate(
         InputError: the text is too short, or a length is, for what the protocol measures.
     """
     protocol = protocol or Protocol()
+    # Both parts refuse what they cannot measure; here before the first has spent its minutes.
+    check_windows(text, protocol.lengths, protocol.stride)
+    check_prompts(tokenizer, text, protocol.lengths)
     begun = time.perf_counter()
     by_context = perplexity(
         model,

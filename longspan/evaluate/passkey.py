@@ -84,20 +84,8 @@ def passkey(
         Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2.
     """
     lengths, depths = tuple(sorted(set(lengths))), tuple(sorted(set(depths)))
+    check_prompts(tokenizer, text, lengths)
     first = opening(tokenizer)
-    least = shortest(tokenizer) + len(first)
-    if lengths[0] < least:
-        raise InputError(
-            message(
-                "A length is too short for a passkey prompt.",
-                {
-                    "asked": f"a prompt of {lengths[0]:,} tokens",
-                    "needs": f"{least:,} tokens for key and question",
-                },
-                fix=f"lengths of {least:,} or more",
-            )
-        )
-    text.require(lengths[-1], name="held-out text")
     read, total = 0, sum(lengths) * len(depths) * trials
     shares = []
     for length in lengths:
@@ -118,6 +106,28 @@ def passkey(
         cells = np.reshape(right, (len(depths), trials)).mean(axis=1)
         shares.append(tuple(float(share) for share in cells))
     return Passkey(lengths, depths, tuple(shares), trials, seed)
+
+
+def check_prompts(tokenizer: Any, text: Corpus, lengths: Sequence[int]) -> None:
+    """Refuse lengths at which no passkey can be hidden in a text.
+
+    Raises:
+        InputError: a length has no room for the key and the question, or the text is shorter than the longest
+            prompt.
+    """
+    least = shortest(tokenizer) + len(opening(tokenizer))
+    if min(lengths) < least:
+        raise InputError(
+            message(
+                "A length is too short for a passkey prompt.",
+                {
+                    "asked": f"a prompt of {min(lengths):,} tokens",
+                    "needs": f"{least:,} tokens for key and question",
+                },
+                fix=f"lengths of {least:,} or more",
+            )
+        )
+    text.require(max(lengths), name="held-out text")
 
 
 def _keep(prompts: Sequence[PasskeyPrompt]) -> int:

@@ -97,17 +97,7 @@ def perplexity(
         Press et al., Train Short, Test Long (arXiv 2108.12409), section 2.2 and appendix B, on sliding windows.
     """
     lengths = tuple(sorted(set(lengths)))
-    if lengths[0] <= stride:
-        raise InputError(
-            message(
-                "A context must be longer than the tokens it predicts.",
-                {
-                    "asked": f"perplexity at {lengths[0]:,} tokens",
-                    "stride": f"the last {stride:,} are predicted",
-                },
-                fix=f"lengths above {stride:,}, or a smaller stride",
-            )
-        )
+    check_windows(text, lengths, stride)
     ends, crossing = _ends(text, lengths[-1], stride, segments)
     first = opening(tokenizer)
     read, total = 0, sum(lengths) * len(ends)
@@ -136,9 +126,28 @@ def perplexity(
     )
 
 
+def check_windows(text: Corpus, lengths: Sequence[int], stride: int) -> None:
+    """Refuse lengths at which the perplexity of a text cannot be measured.
+
+    Raises:
+        InputError: a length is not more than the stride, or the text is shorter than the longest window.
+    """
+    if min(lengths) <= stride:
+        raise InputError(
+            message(
+                "A context must be longer than the tokens it predicts.",
+                {
+                    "asked": f"perplexity at {min(lengths):,} tokens",
+                    "stride": f"the last {stride:,} are predicted",
+                },
+                fix=f"lengths above {stride:,}, or a smaller stride",
+            )
+        )
+    text.require(max(lengths), name="held-out text")
+
+
 def _ends(text: Corpus, longest: int, stride: int, segments: int) -> tuple[np.ndarray, bool]:
     """Return where the segments end, evenly spread, and whether their windows cross borders of documents."""
-    text.require(longest, name="held-out text")
     borders = [*text.starts.tolist(), len(text)]
     within = [np.arange(begin + longest, end + 1, stride) for begin, end in pairwise(borders)]
     places = np.concatenate(within)

@@ -259,10 +259,10 @@ def _rows(rows: Iterable[Mapping[str, Any]], name: str, source: str, column: str
     """Read a dataset row by row until there is enough text."""
     kept: list[Document] = []
     characters = 0
+    chosen = None
     for number, row in enumerate(rows):
-        if number == 0:
-            column = _column(source, row, column)
-        text = row[column] or ""
+        chosen = chosen or _column(source, row, column)
+        text = row[chosen] or ""
         if text.strip():
             kept.append(Document(f"{name}#{number}", text))
             characters += len(text)
