@@ -73,6 +73,18 @@ def test_eval_prints_a_table_and_writes_figures_and_curves(run, model, text, tmp
     ] * 2
 
 
+def test_a_pattern_takes_the_place_of_dense_attention(run, model, text):
+    def losses(*arguments):
+        code, out, _ = run("eval", model, "--text", text, *QUICK, *arguments)
+        assert code == 0
+        return out
+
+    dense, causal, narrow = losses(), losses("--pattern", "Causal()"), losses("--pattern", "SlidingWindow(8)")
+    assert causal.replace("attention: Causal()\n", "") == dense
+    assert narrow.splitlines()[4] != dense.splitlines()[4]
+    assert "attention: SlidingWindow(8)" in narrow
+
+
 def refused(problem, *arguments):
     return pytest.param(arguments, problem, id=problem)
 
@@ -88,6 +100,8 @@ def refused(problem, *arguments):
         refused("This is not a depth.", "--depths", "0,2"),
         refused("A context must be longer than the tokens it predicts.", "--stride", "128"),
         refused("A length is too short for a passkey prompt.", "--lengths", "100"),
+        refused("There is no pattern called SlidingWindo.", "--pattern", "SlidingWindo(8)"),
+        refused("There is no such device.", "--device", "abacus"),
         refused("A file of this kind cannot be written.", "--picture", "curves.bmp"),
         refused("A file cannot be written.", "--json", "no/such/folder/figures.json"),
     ],

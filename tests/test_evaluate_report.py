@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -66,6 +67,7 @@ def test_the_json_has_every_figure_under_the_keys_of_its_schema(tmp_path):
             "depths": [0.0, 1.0],
             "trials": 4,
             "seed": 0,
+            "pattern": None,
         },
         "models": [
             {
@@ -114,6 +116,18 @@ Passkeys retrieved by length (of 8 prompts)
 
 text: a novel, 3 held-out documents"""
     )
+
+
+def test_the_notes_say_what_was_out_of_the_ordinary():
+    crossing = replace(AFTER, perplexity=replace(AFTER.perplexity, crossing=True))
+    report = Report("a novel", 1, (crossing,), pattern="Causal() & Window(512)")
+    assert printed(report).endswith(
+        "text: a novel, 1 held-out document\n"
+        "attention: Causal() & Window(512)\n"
+        "windows cross document borders: too few documents are as long as the longest window"
+    )
+    assert report.json()["protocol"]["pattern"] == "Causal() & Window(512)"
+    assert report.json()["protocol"]["crossing_documents"] is True
 
 
 def test_models_of_different_tokenizers_are_compared_by_bits_per_byte():

@@ -57,6 +57,12 @@ def command(
             show_default="dense",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
+        ),
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write the figures here.", show_default=False)
     ] = None,
@@ -75,12 +81,15 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
 
+    from longspan.cli.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.evaluate.chart import chart
     from longspan.evaluate.evaluation import Protocol, evaluate
     from longspan.evaluate.report import Report
     from longspan.evaluate.table import table
+    from longspan.hf.attention import set_pattern
     from longspan.hf.model import load_config, load_model
+    from longspan.pattern.expression import parse
     from longspan.text.documents import documents, split
     from longspan.text.encoding import encode
 
@@ -93,6 +102,8 @@ def command(
         trials=trials,
         seed=seed,
     )
+    sparse = None if pattern is None else parse(pattern)
+    place = device_named(device)
     check_output(json, (".json",))
     check_output(picture, _PICTURES)
     sources = models or ["default"]
@@ -103,7 +114,9 @@ def command(
     evaluations = []
     with Progress() as progress:
         for source, label in zip(sources, labels(sources), strict=True):
-            model, tokenizer = load_model(source)
+            model, tokenizer = load_model(source, device=place)
+            if sparse is not None:
+                set_pattern(model, sparse)
             evaluations.append(
                 evaluate(
                     model,
@@ -116,7 +129,7 @@ def command(
                 )
             )
     described = text or f"the standard library of Python {python_version()}"
-    report = Report(described, len(held), tuple(evaluations))
+    report = Report(described, len(held), tuple(evaluations), pattern=None if sparse is None else str(sparse))
     console = Console()
     console.print(table(report))
     if json is not None:

@@ -54,7 +54,8 @@ def chart(report: Report, path: str | Path) -> None:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 7.2), facecolor="white")
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
-        above, below = np.ravel(figure.subfigures(2, 1, height_ratios=(1.6, 1)))
+        halves: Any = figure.subfigures(2, 1, height_ratios=(1.6, 1))
+        above, below = halves
         perplexity, passkey = above.subplots(1, 2)
         _perplexity(perplexity, report)
         _passkey(passkey, report)

@@ -24,11 +24,13 @@ class Report:
         text: what the text is.
         documents: how many documents of it were held out.
         evaluations: one per model, in the order to show.
+        pattern: what the models attended by, None if by their own dense attention.
     """
 
     text: str
     documents: int
     evaluations: tuple[Evaluation, ...]
+    pattern: str | None = None
 
     def json(self) -> dict[str, Any]:
         """Return the report as plain values.
@@ -36,7 +38,8 @@ class Report:
         The keys of schema `longspan/evaluation/1`:
 
         - `schema`, `versions` (of longspan, python, torch, transformers), `text`: `{source, documents}`.
-        - `protocol`: `{lengths, stride, segments, predicted_tokens, crossing_documents, depths, trials, seed}`.
+        - `protocol`: `{lengths, stride, segments, predicted_tokens, crossing_documents, depths, trials, seed,
+          pattern}`.
         - `models`: a list of `{label, source, context, parameters, tokens, seconds, perplexity, bits_per_byte,
           loss, passkey}`. The last four have a key for each length, as a string; under `passkey` are the share
           over all depths, `share`, and a list with the share at each depth, `by_depth`.
@@ -57,6 +60,7 @@ class Report:
                 "depths": list(first.passkey.depths),
                 "trials": first.passkey.trials,
                 "seed": first.passkey.seed,
+                "pattern": self.pattern,
             },
             "models": [_model(evaluation) for evaluation in self.evaluations],
         }

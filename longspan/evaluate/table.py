@@ -44,7 +44,9 @@ def table(report: Report) -> Group:
             weakest,
         ),
     ]
-    lines = [f"text: {report.text}, {report.documents} held-out documents"]
+    lines = [f"text: {report.text}, {_counted(report.documents)}"]
+    if report.pattern is not None:
+        lines.append(f"attention: {report.pattern}")
     if first.crossing:
         lines.append("windows cross document borders: too few documents are as long as the longest window")
     return Group(*parts, Text("\n".join(lines), style="dim"))
@@ -75,6 +77,10 @@ def _rows(
     for evaluation in report.evaluations:
         rows.add_row(evaluation.label, *cells(evaluation), *([note(evaluation)] if note else []))
     return rows
+
+
+def _counted(documents: int) -> str:
+    return "1 held-out document" if documents == 1 else f"{documents:,} held-out documents"
 
 
 def _figure(value: float) -> str:
