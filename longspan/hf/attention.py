@@ -1,0 +1,254 @@
+"""Attention: patterns in transformers' own decoders, through its registry of attention functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from longspan.errors import InputError, PatternError, PlanError, message
+from longspan.hf.batch import Batch, describe, refusal
+from longspan.hf.quiet import quiet
+from longspan.hf.segment import attend_segments
+from longspan.pattern import Causal, Pattern, Window
+
+NAME = "longspan"
+
+# Arguments by which models change their scores or ask for more than the output: not None means asked.
+_UNSUPPORTED = {
+    "softcap": "its scores are capped smoothly, and a pattern does not change scores",
+    "s_aux": "its softmax has a learned sink, and a pattern does not change scores",
+    "position_bias": "a bias is added to its scores, and a pattern does not change scores",
+    "cache": "it keeps keys of many requests in shared pages (continuous batching)",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What `set_pattern` leaves on an attention module: it goes where the module goes, copies included.
+
+    Attributes:
+        pattern: what the layer reads, causal.
+        before: the attention implementation that `reset` goes back to.
+    """
+
+    pattern: Pattern
+    before: str
+
+
+def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
+    """Let a transformers decoder read by a pattern, the same for all layers or one for each.
+
+    The law: with `Causal()` the model computes what it computed before. Every pattern is intersected with
+    `Causal()`, so no pattern makes a decoder read the future, and with the window that the model itself
+    asks for on a layer. Positions count a sequence's own tokens: padding is taken out first, wherever it
+    is, and packed documents (no mask, no cache, `position_ids` that restart) each count from 0. Rows of
+    padding return zero.
+
+    Patterns stay with the model's attention modules: they survive `copy.deepcopy`, wrapping by peft and
+    switching the implementation to and fro, and are not saved in checkpoints.
+
+    Args:
+        model: a decoder of transformers, wrapped or not; changed in place.
+        pattern: one pattern for all layers, or a sequence with one for each attention layer, in order.
+
+    Raises:
+        PatternError: not a pattern, or not one per attention layer.
+        InputError: the model is not a decoder, or does not look its attention up in transformers' registry.
+        PlanError, ShapeError: later, by the model's forward, for what a pattern cannot stand for: soft-capped
+            scores, attention dropout, learned sinks, 4-D masks, caches of fixed size.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from longspan.pattern import Causal, LongMixed
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(config)
+        >>> set_pattern(model, LongMixed(64))
+        >>> set_pattern(model, [Causal(), LongMixed(64)])
+        >>> reset(model)
+    """
+    modules = _attention_modules(model)
+    patterns = _one_per_layer(pattern, len(modules))
+    owner = _owner(model, modules[0])
+    before = owner.config._attn_implementation
+    if before == NAME:
+        before = modules[0].longspan.before if hasattr(modules[0], NAME) else "sdpa"
+    else:
+        _switch(owner, NAME)
+    for module, part in zip(modules, patterns, strict=True):
+        module.longspan = Setting(part & Causal(), before)
+
+
+def reset(model: nn.Module) -> None:
+    """Take the patterns off a model and go back to the attention it had before; without patterns do nothing.
+
+    Args:
+        model: the model that `set_pattern` was given, or a copy or wrapping of it; changed in place.
+    """
+    modules = [module for module in model.modules() if isinstance(getattr(module, NAME, None), Setting)]
+    if not modules:
+        return
+    owner = _owner(model, modules[0])
+    if owner.config._attn_implementation == NAME:
+        _switch(owner, modules[0].longspan.before)
+    for module in modules:
+        del module.longspan
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend by the module's pattern; called by transformers with query [batch, heads, length, width]."""
+    pattern = _check_setting(module).pattern
+    _check_options(module, dropout, options)
+    batch = _check_batch(module, key, attention_mask, options.get("position_ids"))
+    for window in {batch.window, options.get("sliding_window")} - {None}:
+        pattern = pattern & Window(window)
+    # Under autocast, rotary positions leave query and key in float32 while the value is already lower.
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
+    query, key, value = (side.to(dtype) for side in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        return attend_segments(query, key, value, pattern, batch.segments, scale=scaling), None
+
+
+def _attention_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that transformers calls an attention function with, in the order of the layers."""
+    modules = [
+        module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    ]
+    if not modules or not all(module.is_causal for module in modules):
+        raise InputError(
+            message(
+                "This model has no causal attention that a pattern could be set on.",
+                {"model": type(model).__name__, "found": f"{len(modules)} attention layers"},
+                fix="a decoder of transformers, such as Llama, Mistral, Qwen or Gemma",
+            )
+        )
+    return modules
+
+
+def _owner(model: nn.Module, attention: nn.Module) -> PreTrainedModel:
+    """Return the model whose configuration says which attention function its layers look up."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config is attention.config:
+            return module
+    raise _not_registered(model)
+
+
+def _switch(owner: PreTrainedModel, name: str) -> None:
+    """Set the attention function, which transformers only warns about where it has no effect."""
+    with quiet():
+        owner.set_attn_implementation(name)
+    if owner.config._attn_implementation != name:
+        raise _not_registered(owner)
+
+
+def _not_registered(model: nn.Module) -> InputError:
+    return InputError(
+        message(
+            "This model does not look its attention up in transformers' registry.",
+            {"model": type(model).__name__, "why": "its forward holds an attention of its own"},
+            fix="a decoder of transformers, such as Llama, Mistral, Qwen or Gemma",
+        )
+    )
+
+
+def _one_per_layer(pattern: Pattern | Sequence[Pattern], layers: int) -> list[Pattern]:
+    if isinstance(pattern, Pattern):
+        return [pattern] * layers
+    if not isinstance(pattern, Sequence) or not all(isinstance(part, Pattern) for part in pattern):
+        raise PatternError(
+            message(
+                "A model reads by a pattern, or by a sequence of patterns.",
+                {"got": repr(pattern)},
+                fix="Causal() & Window(512), or a list with one pattern for each layer",
+            )
+        )
+    if len(pattern) != layers:
+        raise PatternError(
+            message(
+                "A sequence of patterns needs one for each attention layer.",
+                {"got": f"{len(pattern)} patterns", "model": f"{layers} attention layers"},
+                fix=f"a sequence of {layers}, or one pattern for all of them",
+            )
+        )
+    return list(pattern)
+
+
+def _check_setting(module: nn.Module) -> Setting:
+    setting = getattr(module, NAME, None)
+    if not isinstance(setting, Setting):
+        raise PlanError(
+            message(
+                "This layer has no pattern to read by.",
+                {"layer": _title(module), "why": 'attn_implementation="longspan" was set without a pattern'},
+                fix="set_pattern(model, Causal())",
+            )
+        )
+    return setting
+
+
+def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    asked = {name: options[name] for name in _UNSUPPORTED if options.get(name) is not None}
+    reasons = [_UNSUPPORTED[name] for name in asked]
+    fix = "reset(model), which goes back to the attention that the model had before"
+    if options.get("output_attentions"):
+        reasons.append("attention weights are asked for, and are never held as a whole")
+        fix = "output_attentions=False"
+    if options.get("is_causal") is False:
+        reasons.append("the layer is told not to be causal")
+    if dropout > 0:
+        reasons.append(
+            f"its weights are dropped at random (attention dropout {dropout}), which is not supported"
+        )
+        fix = "load the model with attention_dropout=0.0, or model.eval()"
+    if reasons:
+        raise PlanError(
+            message(
+                "A pattern cannot stand for this layer.", {"layer": _title(module), "why": reasons}, fix=fix
+            )
+        )
+
+
+def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any) -> Batch:
+    if not isinstance(given, Batch):
+        found = "none" if given is None else f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
+        raise refusal(
+            module.config,
+            f"a mask of its own came with it ({found}), whose holes a pattern cannot see",
+            fix="a mask [batch, tokens] for padding; what else shall not be read belongs into the pattern",
+        )
+    if given.keys != key.shape[2]:
+        raise refusal(
+            module.config,
+            f"its cache announced {given.keys} keys and handed over {key.shape[2]}",
+            fix="a cache that keeps all keys, past_key_values=DynamicCache()",
+        )
+    packed = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
+    if packed and not given.masked and len(given.segments) == 1:
+        raise refusal(
+            module.config,
+            "its positions restart, as in packed documents, while a cache hides where they end",
+            fix="use_cache=False, which lets every document attend alone; or an attention_mask of ones",
+        )
+    return given
+
+
+def _title(module: nn.Module) -> str:
+    return f"{module.layer_idx}, {type(module).__name__}"
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, describe)

@@ -1,0 +1,136 @@
+"""Batch: which sequences it holds, as transformers tells the function that it asks for a mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from longspan.errors import ShapeError, message
+from longspan.hf.segment import Segment, unpacked, unpadded, whole
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What every layer is handed in place of a mask.
+
+    Attributes:
+        segments: the sequences in the batch.
+        keys: columns of the key tensor that they were counted in.
+        window: the window that the model itself asks for on this kind of layer, in tokens, or None.
+        masked: whether a mask told where tokens are; positions that restart mean documents only without one.
+    """
+
+    segments: tuple[Segment, ...]
+    keys: int
+    window: int | None
+    masked: bool
+
+
+def describe(
+    *,
+    config: PretrainedConfig,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    **options: Any,
+) -> Batch:
+    """Return the sequences of a batch; transformers calls this once per forward and kind of layer.
+
+    The signature is that of transformers' mask functions. Whatever a pattern cannot stand for is refused.
+
+    Args:
+        config: of the model.
+        batch_size, q_length, kv_length: shape of the scores.
+        mask_function: transformers' formula of the mask, which knows of packed documents.
+        q_offset: tokens read before the first query.
+        kv_offset: first tokens whose keys the cache has let go.
+        attention_mask: bool `[batch, tokens]`, false on padding, or None.
+        local_size: the window or chunk that the model asks for on these layers.
+        options: everything else that a mask function is told.
+
+    Raises:
+        ShapeError: a mask that is not 2-D or does not cover the tokens, one that is not causal or that the model
+            changes by a rule of its own, attention in chunks, a cache of fixed size or one that dropped keys
+            that the model still reads.
+    """
+    end = int(q_offset) + q_length
+    if "allow_is_bidirectional_skip" in options:
+        raise refusal(config, "its attention is not causal", fix="a causal decoder")
+    if options.get("use_vmap"):
+        raise refusal(config, "it joins a rule of its own to the causal mask", fix="input that is text alone")
+    if local_size is not None and local_size != getattr(config, "sliding_window", None):
+        raise refusal(
+            config,
+            f"its layers read in chunks of {local_size} tokens, which are not supported yet",
+            fix="a model with full attention or a sliding window",
+        )
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, end):
+        raise refusal(
+            config,
+            f"the mask has shape {list(attention_mask.shape)}, and there are {batch_size} rows of {end} tokens",
+            fix="a mask [batch, tokens] that covers the tokens in the cache and the new ones",
+        )
+    if kv_offset + kv_length != end:
+        raise refusal(
+            config,
+            f"its cache has a fixed size: room for {kv_offset + kv_length} keys, of which {end} are there",
+            fix="a cache that grows, past_key_values=DynamicCache()",
+        )
+    if kv_offset and local_size is None:
+        raise refusal(
+            config,
+            f"its cache dropped the first {kv_offset} keys, and no window says that they are not read",
+            fix="a cache that keeps them, past_key_values=DynamicCache()",
+        )
+    if attention_mask is not None and not attention_mask.all():
+        _check_gaps(config, attention_mask, kv_offset)
+        segments = unpadded(attention_mask, queries=q_length, dropped=kv_offset)
+    elif q_length == kv_length and not options.get("allow_is_causal_skip", True):
+        segments = unpacked(_continues(config, mask_function, attention_mask, batch_size, q_length))
+    else:
+        segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
+    return Batch(segments, kv_length, local_size, masked=attention_mask is not None)
+
+
+def refusal(config: PretrainedConfig, reason: str, *, fix: str) -> ShapeError:
+    """Return the error for a batch that a pattern cannot be applied to."""
+    return ShapeError(
+        message(
+            "This batch cannot be read by a pattern.", {"model": config.model_type, "why": reason}, fix=fix
+        )
+    )
+
+
+def _check_gaps(config: PretrainedConfig, real: Tensor, dropped: int) -> None:
+    """A cache drops keys by their column. With padding in between, a window over real tokens reaches further."""
+    reaches_back = real[:, :dropped].any(dim=1) & ~real[:, dropped:].all(dim=1)
+    if reaches_back.any():
+        row = int(reaches_back.nonzero()[0])
+        raise refusal(
+            config,
+            f"row {row} has padding between its tokens, and its cache has dropped keys that the window still reads",
+            fix="padding on the left, or a cache that keeps all keys, past_key_values=DynamicCache()",
+        )
+
+
+def _continues(
+    config: PretrainedConfig, mask_function: Callable, given: Tensor | None, batch: int, length: int
+) -> Tensor:
+    """Ask the formula for every token whether it reads the one before: within a document, and only there."""
+    device = None if given is None else given.device
+    rows = torch.arange(batch, device=device)[:, None]
+    later = torch.arange(1, length, device=device)[None, :]
+    head = torch.zeros((), dtype=torch.long, device=device)
+    if mask_function(rows, head, later - 1, later).any():
+        raise refusal(config, "some of its tokens read later ones", fix="input that is text alone")
+    return mask_function(rows, head, later, later - 1).expand(batch, length - 1)

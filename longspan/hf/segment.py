@@ -1,0 +1,149 @@
+"""Segments: which rows and columns of a padded, packed or cached batch are sequences of their own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from longspan.attend import attend
+from longspan.pattern import Pattern
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Some rows of a batch, and the columns in which each of them holds one sequence without gaps.
+
+    Attributes:
+        rows: samples of the batch.
+        queries: columns of the query tensor, the last tokens of the sequence.
+        keys: columns of the key tensor.
+        dropped: first tokens of the sequence whose keys a cache has let go.
+    """
+
+    rows: slice | Tensor
+    queries: slice | Tensor
+    keys: slice | Tensor
+    dropped: int = 0
+
+
+def whole(batch: int, queries: int, keys: int, dropped: int = 0) -> tuple[Segment, ...]:
+    """Return the one segment of a batch whose rows are full."""
+    return (Segment(slice(0, batch), slice(0, queries), slice(0, keys), dropped),)
+
+
+def unpadded(real: Tensor, *, queries: int, dropped: int) -> tuple[Segment, ...]:
+    """Return the sequences of a padded batch: the real tokens of each row, in their order.
+
+    Args:
+        real: bool `[batch, columns]`, false on padding; the last columns are the queries.
+        queries: number of query columns.
+        dropped: number of first columns that the key tensor does not hold any more.
+
+    Returns:
+        One segment per different row of `real` that has a real query.
+    """
+    columns = real.shape[1]
+    kinds, kind_of_row = real.unique(dim=0, return_inverse=True)
+    segments = []
+    for number, kind in enumerate(kinds):
+        tokens = kind.nonzero().flatten()
+        query_columns = tokens[tokens >= columns - queries] - (columns - queries)
+        key_columns = tokens[tokens >= dropped] - dropped
+        if len(query_columns):
+            segments.append(
+                Segment(
+                    rows=_shortest((kind_of_row == number).nonzero().flatten()),
+                    queries=_shortest(query_columns),
+                    keys=_shortest(key_columns),
+                    dropped=len(tokens) - len(key_columns),
+                )
+            )
+    return tuple(segments)
+
+
+def unpacked(continues: Tensor) -> tuple[Segment, ...]:
+    """Return the documents of a packed batch.
+
+    Args:
+        continues: bool `[batch, length - 1]`, true where a token and the one before are in one document.
+
+    Returns:
+        One segment per row and document; one for the whole batch where nothing is packed.
+    """
+    batch, length = continues.shape[0], continues.shape[1] + 1
+    if continues.all():
+        return whole(batch, length, length)
+    segments = []
+    for row in range(batch):
+        starts = (~continues[row]).nonzero().flatten() + 1
+        bounds = [0, *starts.tolist(), length]
+        for begin, end in pairwise(bounds):
+            document = slice(begin, end)
+            segments.append(Segment(slice(row, row + 1), document, document))
+    return tuple(segments)
+
+
+def attend_segments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    segments: tuple[Segment, ...],
+    *,
+    scale: float | None,
+) -> Tensor:
+    """Let each segment attend by itself, at positions that count its own tokens from 0.
+
+    Args:
+        query, key, value: `[batch, heads, length, width]`.
+        pattern: what is read; no query may read a key that was dropped.
+        segments: as made above.
+        scale: of the scores.
+
+    Returns:
+        `[batch, length, heads, width]`, as transformers wants it, zero where a row is padding.
+    """
+    batch, heads, length, _ = query.shape
+    if len(segments) == 1 and _covers(segments[0], batch, length):
+        return _attend(query, key, value, pattern, segments[0], scale).transpose(1, 2).contiguous()
+    output = query.new_zeros(batch, length, heads, value.shape[-1])
+    for segment in segments:
+        part = _attend(query, key, value, pattern, segment, scale)
+        rows = segment.rows
+        if isinstance(rows, Tensor) and isinstance(segment.queries, Tensor):
+            rows = rows[:, None]
+        output[rows, segment.queries] = part.transpose(1, 2)
+    return output
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, segment: Segment, scale: float | None
+) -> Tensor:
+    query = query[segment.rows][:, :, segment.queries]
+    key, value = (side[segment.rows][:, :, segment.keys] for side in (key, value))
+    if segment.dropped:
+        # Positions may be counted from any multiple of the period; the keys after it are gone, and never read.
+        period = _period(pattern, query.shape[1])
+        gap = segment.dropped % period if period else segment.dropped
+        key, value = (F.pad(side, (0, 0, gap, 0)) for side in (key, value))
+    return attend(query, key, value, pattern, scale=scale)
+
+
+def _period(pattern: Pattern, heads: int) -> int | None:
+    """Return a shift that changes nothing on any head, or None where there is none."""
+    periods = {pattern.at_head(head, heads).period for head in range(heads)}
+    return None if None in periods else math.lcm(*(period for period in periods if period))
+
+
+def _covers(segment: Segment, batch: int, length: int) -> bool:
+    return segment.rows == slice(0, batch) and segment.queries == slice(0, length)
+
+
+def _shortest(columns: Tensor) -> slice | Tensor:
+    """Return columns as a slice where they are neighbours: it needs no copy."""
+    first, last = int(columns[0]), int(columns[-1])
+    return slice(first, last + 1) if last - first + 1 == len(columns) else columns
