@@ -1,0 +1,52 @@
+# Each target makes the virtual environment first, if it is missing or older than what it is made from.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+# Nothing is looked up on the network at run time.
+export HF_HUB_OFFLINE := 1
+export HF_DATASETS_OFFLINE := 1
+
+.PHONY: help demo test lint bench gpu picture clean
+
+help:
+	@echo "make demo     read eight times further: extend the default model, print the table (6 minutes)"
+	@echo "make test     run all tests"
+	@echo "make lint     check style, format and types"
+	@echo "make bench    measure attention over patterns against a matrix product"
+	@echo "make gpu      run the kernel matrix on a CUDA device"
+	@echo "make picture  draw docs/patterns.svg anew"
+	@echo "make clean    remove what these have made, the virtual environment included"
+
+demo: $(READY)
+	$(BIN)/longspan demo --output out/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/attention.py --json out/attention.json
+
+gpu: $(READY)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("There is no CUDA device here, so nothing was run. On a machine with one, install a CUDA build of torch into .venv.")'
+	$(BIN)/python -m pytest tests -k cuda
+
+picture: $(READY)
+	$(BIN)/python docs/patterns.py
+
+clean:
+	rm -rf .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Torch comes first: the constraint picks its build before anything else can ask for another.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Longspan needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
