@@ -8,10 +8,11 @@ import struct
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 from tiny import byte_tokenizer, llama
 
-from longspan.evaluate.chart import chart
+from longspan.evaluate.chart import _maps, chart
 from longspan.evaluate.evaluation import Evaluation, Protocol, evaluate
 from longspan.evaluate.passkey import Passkey
 from longspan.evaluate.perplexity import Perplexity
@@ -166,6 +167,17 @@ def test_the_chart_is_drawn_for_any_number_of_models(tmp_path, models):
     content = file.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert struct.unpack(">II", content[16:24]) == (1600, 1152)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3])
+def test_the_maps_show_the_beginning_of_the_text_at_the_top(models):
+    figure = Figure()
+    _maps(figure.subfigures(1, 1), Report("a novel", 3, (BEFORE,) * models))
+    for axes in figure.subfigs[0].axes[:models]:
+        assert axes.yaxis_inverted()
+        # By depth from the top, at the three lengths.
+        assert [text.get_text() for text in axes.texts] == ["100", "0", "0", "100", "50", "25"]
+        assert axes.get_yticks()[0] < axes.get_yticks()[1]
 
 
 def test_an_evaluation_counts_what_it_read():

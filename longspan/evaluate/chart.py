@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from longspan.evaluate.evaluation import Evaluation
@@ -55,25 +55,31 @@ def chart(report: Report, path: str | Path) -> None:
         figure = Figure(figsize=(10, 7.2), facecolor="white")
         figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
         halves: Any = figure.subfigures(2, 1, height_ratios=(1.6, 1))
-        above, below = halves
-        perplexity, passkey = above.subplots(1, 2)
-        _perplexity(perplexity, report)
-        _passkey(passkey, report)
-        # One map alone would be as wide as the page: it takes half of it.
-        maps = below.subplots(1, max(2, len(report.evaluations)), sharey=True)
-        for axes, evaluation, colour in zip(maps, report.evaluations, _colours(report), strict=False):
-            _map(axes, evaluation, colour)
-        for axes in maps[len(report.evaluations) :]:
-            axes.set_axis_off()
-        maps[0].set_ylabel("depth of the key")
-        below.suptitle("Passkeys retrieved by depth, %", x=0.012, ha="left", fontsize=13, fontweight="bold")
-        above.legend(
-            loc="outside upper left",
-            handles=perplexity.get_legend_handles_labels()[0],
-            ncols=6,
-            frameon=False,
-        )
+        _curves(halves[0], report)
+        _maps(halves[1], report)
         figure.savefig(path, dpi=160)
+
+
+def _curves(figure: SubFigure, report: Report) -> None:
+    perplexity, passkey = figure.subplots(1, 2)
+    _perplexity(perplexity, report)
+    _passkey(passkey, report)
+    keys = perplexity.get_legend_handles_labels()[0]
+    # About a hundred letters fit in one row.
+    columns = max(1, 100 // max(len(str(key.get_label())) + 8 for key in keys))
+    figure.legend(loc="outside upper left", handles=keys, ncols=columns, frameon=False)
+
+
+def _maps(figure: SubFigure, report: Report) -> None:
+    models = len(report.evaluations)
+    # One map alone would be as wide as the page: it takes half of it.
+    maps = figure.subplots(1, max(2, models), sharey=True)
+    for axes, evaluation, colour in zip(maps, report.evaluations, _colours(report), strict=False):
+        _map(axes, evaluation, colour)
+    for axes in maps[models:]:
+        axes.set_axis_off()
+    maps[0].set_ylabel("depth of the key")
+    figure.suptitle("Passkeys retrieved by depth, %", x=0.012, ha="left", fontsize=13, fontweight="bold")
 
 
 def _colours(report: Report) -> list[str]:
@@ -155,6 +161,6 @@ def _map(axes: Axes, evaluation: Evaluation, colour: str) -> None:
     axes.set_xticks(np.arange(len(passkey.lengths)) + 0.5, [f"{length:,}" for length in passkey.lengths])
     axes.set_yticks(np.arange(len(passkey.depths)) + 0.5, [f"{depth:g}" for depth in passkey.depths])
     # The beginning of the text stands at the top.
-    axes.invert_yaxis()
+    axes.set_ylim(len(passkey.depths), 0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
