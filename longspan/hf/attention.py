@@ -45,9 +45,10 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
 
     The law: with `Causal()` the model computes what it computed before. Every pattern is intersected with
     `Causal()`, so no pattern makes a decoder read the future, and with the window that the model itself
-    asks for on a layer. Positions count a sequence's own tokens: padding is taken out first, wherever it
-    is, and packed documents (no mask, no cache, `position_ids` that restart) each count from 0. Rows of
-    padding return zero.
+    asks for on a layer. Positions count a sequence's own tokens, whatever `position_ids` say to RoPE:
+    padding is taken out first, wherever it is, and rows of padding return zero. Packed documents each count
+    from 0; as everywhere in transformers, `position_ids` that restart or jump mark documents where neither
+    a mask nor a cache is given, so give an `attention_mask` of ones with positions that skip.
 
     Patterns stay with the model's attention modules: they survive `copy.deepcopy`, wrapping by peft and
     switching the implementation to and fro, and are not saved in checkpoints.
