@@ -79,8 +79,8 @@ def longformer(
 ) -> np.ndarray:
     """Longformer (2004.05150, section 3): `reach` keys on each side, `dilation` apart, and global positions.
 
-    A global position is read by all and reads all, and is read once even where the window holds it too. Causal
-    means that nothing after the query is read, not by global positions either.
+    A global position is read by all and reads all, and is read once even where the window holds it too.
+    Causal means that nothing after the query is read, not by global positions either.
     """
     anchors = set(anchors)
 
@@ -277,11 +277,20 @@ def same_pairs(claimed: np.ndarray, truth: np.ndarray, asked: str = "") -> None:
         )
 
 
-def within_budget(claimed: torch.Tensor, plain: torch.Tensor, truth: torch.Tensor, asked: str = "") -> None:
+def within_budget(
+    claimed: torch.Tensor,
+    plain: torch.Tensor,
+    truth: torch.Tensor,
+    asked: str = "",
+    *,
+    lse: torch.Tensor | None = None,
+) -> None:
     """Reject a result whose largest error exceeds twice that of the plain computation in the same precision.
 
-    One rounding of the largest true number is added, for a plain computation that is exact by luck. In float64
-    there is nothing to compare with and the budget is 1e-10. Infinities must stand where the truth has them.
+    Roundings of the largest true number are added: one for the result itself, and where weights may come from
+    a stored log-sum-exp (`lse`, the true one) its own, since `exp(score - lse)` is as far off as `lse` is. In
+    float64 there is nothing to compare with and the budget is 1e-10. Infinities must stand where the truth has
+    them.
     """
     assert claimed.shape == truth.shape, (
         f"{asked}: shape {list(claimed.shape)}, should be {list(truth.shape)}"
@@ -289,14 +298,18 @@ def within_budget(claimed: torch.Tensor, plain: torch.Tensor, truth: torch.Tenso
     finite = truth.isfinite()
     got, mean = claimed.detach().double().cpu(), plain.detach().double().cpu()
     assert torch.equal(got[~finite], truth[~finite]), f"{asked}: infinities are not where they should be"
-    assert got[finite].isfinite().all(), (
-        f"{asked}: {int((~got[finite].isfinite()).sum())} numbers are not finite"
-    )
+    lost = int((~got[finite].isfinite()).sum())
+    assert not lost, f"{asked}: {lost} numbers are not finite"
     if not finite.any():
         return
     error = (got - truth)[finite].abs().max().item()
     budget = 1e-10
     if claimed.dtype != torch.float64:
-        rounding = torch.finfo(claimed.dtype).eps * truth[finite].abs().max().item()
-        budget = 2 * (mean - truth)[finite].abs().max().item() + rounding
+        roundings = 1.0
+        if lse is not None and lse.isfinite().any():
+            roundings += lse[lse.isfinite()].abs().max().item()
+        band = roundings * torch.finfo(torch.float32).eps * truth[finite].abs().max().item()
+        if claimed.dtype != torch.float32:
+            band += torch.finfo(claimed.dtype).eps * truth[finite].abs().max().item()
+        budget = 2 * (mean - truth)[finite].abs().max().item() + band
     assert error <= budget, f"{asked}: error {error:.3g}, budget {budget:.3g}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import lengths, patterns, spans
 
 from longspan.derive.cost import cost
 from longspan.derive.mask import counts
@@ -14,16 +15,15 @@ from longspan.pattern import (
     SDA,
     Causal,
     Dilated,
+    Longformer,
     LongMixed,
     LongNet,
-    Longformer,
     Nothing,
     Pattern,
     SlidingWindow,
     Streaming,
     Window,
 )
-from strategies import lengths, patterns, spans
 
 METHODS = [
     SlidingWindow(100),

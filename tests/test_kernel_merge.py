@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
+import oracle
 import pytest
 import torch
 
-import oracle
 from longspan.kernel.merge import merge, merge_into
 
 ROWS, KEYS = 9, 13

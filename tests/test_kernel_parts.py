@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -11,7 +9,6 @@ from hypothesis import strategies as st
 from strategies import LENGTHS, lengths, relations, spans
 
 from longspan.derive.mask import counts
-from longspan.kernel import parts as parts_module
 from longspan.kernel import runs as runs_module
 from longspan.kernel.parts import Lattice, Part, parts
 from longspan.pattern import (
@@ -48,11 +45,9 @@ METHODS = [
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Short texts that hold as many blocks as long ones."""
-    monkeypatch.setattr(parts_module, "SIZE", 8)
+def narrow_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of few blocks, so that short texts have cut ones too."""
     monkeypatch.setattr(runs_module, "WIDEST", 4)
-    yield
 
 
 def indices(lattice: Lattice, i: int, j: int) -> np.ndarray:
@@ -67,11 +62,11 @@ def held(part: Part) -> np.ndarray:
     return np.ones(shape, dtype=np.int64) if part.allowed is None else part.allowed.astype(np.int64)
 
 
-def check_parts(pattern: Pattern, queries: range, keys: range) -> None:
+def check_parts(pattern: Pattern, queries: range, keys: range, *, size: int = 8) -> None:
     truth = counts(pattern, queries=queries, keys=keys).numpy()
     found = np.zeros_like(truth)
     touched = np.zeros(len(queries), dtype=bool)
-    for part in parts(pattern, queries, keys):
+    for part in parts(pattern, queries, keys, size=size):
         read = np.zeros(len(queries), dtype=np.int64)
         for i in range(part.shape[0]):
             together = np.zeros(len(queries), dtype=np.int64)
@@ -91,7 +86,7 @@ def check_parts(pattern: Pattern, queries: range, keys: range) -> None:
     assert not len(wrong), f"{pattern} over {queries} x {keys}: first wrong pair {wrong[0]}, of {len(wrong)}"
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("narrow_runs")
 @given(relations, lengths)
 @example(Causal() & Window(20), 97)
 @example(Causal() & (Window(20) | Sink(3)), 129)
@@ -102,13 +97,13 @@ def test_parts_of_a_text_hold_every_pair_as_often_as_counted(pattern: Pattern, l
     check_parts(pattern, range(length), range(length))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("narrow_runs")
 @given(relations, st.data())
 def test_parts_of_ranges_hold_every_pair_as_often_as_counted(pattern: Pattern, data: st.DataObject):
     check_parts(pattern, data.draw(spans(97)), data.draw(spans(97)))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("narrow_runs")
 @pytest.mark.parametrize("pattern", METHODS, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_parts_of_named_patterns_hold_every_pair_as_often_as_counted(pattern: Pattern, length: int):
@@ -118,7 +113,7 @@ def test_parts_of_named_patterns_hold_every_pair_as_often_as_counted(pattern: Pa
 
 @pytest.mark.parametrize("pattern", METHODS, ids=str)
 def test_parts_at_their_true_size_hold_every_pair_as_often_as_counted(pattern: Pattern):
-    check_parts(pattern.at_head(3, 4), range(600), range(600))
+    check_parts(pattern.at_head(3, 4), range(600), range(600), size=128)
 
 
 LOCAL = [
@@ -142,6 +137,14 @@ def test_the_number_of_parts_hardly_follows_the_length(pattern: Pattern):
         number = [len(parts(alone, range(length), range(length))) for length in (8192, 16_384)]
         most = number[0] + 3 if pattern in LOCAL else 2 * number[0]
         assert number[1] <= min(most, 60), f"{alone}: {number}"
+
+
+@pytest.mark.parametrize("pattern", LOCAL + WIDE, ids=str)
+def test_masks_do_not_follow_the_length(pattern: Pattern):
+    """What a part keeps in memory and hands to a kernel is no square of the text."""
+    for head in (0, 3):
+        for part in parts(pattern.at_head(head, 4), range(16_384), range(16_384)):
+            assert part.allowed is None or part.allowed.size <= 128 * 128 * runs_module.WIDEST
 
 
 @pytest.mark.parametrize("window", [128, 512, 1000])

@@ -56,7 +56,27 @@ OPTIONAL = {
 }
 MAY_USE_OPTIONAL = {"hf", "extend", "evaluate", "cli"}
 
-NAMES: list[str] = []
+NAMES = [
+    "Causal",
+    "Chunk",
+    "Dilated",
+    "Every",
+    "LongMixed",
+    "LongNet",
+    "Longformer",
+    "PerHead",
+    "Prefix",
+    "S2",
+    "SCCA",
+    "SDA",
+    "Sink",
+    "SlidingWindow",
+    "Streaming",
+    "Window",
+    "attend",
+    "attend_with_lse",
+    "plan",
+]
 
 
 def part_of(module: Path) -> str:
