@@ -142,7 +142,7 @@ def _cross_window(q: int, size: int, shift: int, causal: bool) -> list[int]:
     start = q - q % size
     keys = [slot - shift for slot in range(start, start + size)]
     own = list(range(start, start + size))
-    return [k for k in keys if 0 <= k and (k <= q or not causal)] or [k for k in own if k <= q or not causal]
+    return [k for k in keys if k >= 0 and (k <= q or not causal)] or [k for k in own if k <= q or not causal]
 
 
 def scca_fixed(heads: int, n: int, size: int, shift: int, *, causal: bool = True) -> np.ndarray:

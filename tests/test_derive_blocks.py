@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import example, given
@@ -147,7 +149,7 @@ def test_finding_blocks_costs_what_they_number(pattern: Pattern, step: int):
     found = [
         blocks(pattern, length=length * step, steps=(step, step)) for length in (16_384, 65_536, 262_144)
     ]
-    for shorter, longer in zip(found, found[1:], strict=False):
+    for shorter, longer in pairwise(found):
         assert longer.visited <= 4.3 * shorter.visited
         assert len(longer) <= 4.3 * len(shorter)
     assert found[-1].visited <= 20 * len(found[-1])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import lengths, patterns, spans
 
 from longspan import attend, plan
 from longspan.derive.cost import cost
@@ -25,7 +26,6 @@ from longspan.pattern import (
     SlidingWindow,
     Window,
 )
-from strategies import lengths, patterns, spans
 
 
 @given(patterns, lengths)
@@ -67,7 +67,9 @@ def test_heads_that_read_alike_are_one_group():
 
 def test_a_plan_is_printed_whole():
     made = plan(PerHead([Causal(), Nothing()]), length=100, queries=range(90, 100), heads=2, kernel="sdpa")
-    assert str(made) == """\
+    assert (
+        str(made)
+        == """\
 Plan
   pattern   PerHead([Causal(), Nothing()])
   heads     2, width 64
@@ -79,6 +81,7 @@ Plan
   heads 0
     1 x masked 10 queries by 100 keys, contiguous, 96% of it read
   heads 1"""
+    )
 
 
 def test_a_plan_of_no_queries_is_printed():
@@ -88,9 +91,7 @@ def test_a_plan_of_no_queries_is_printed():
 def test_a_refused_kernel_stands_in_the_plan():
     made = plan(Causal() & Window(512), length=1_048_576, heads=8)
     assert made.kernel == "sdpa"
-    assert made.refused == (
-        ("reference", "would need 35184.4 GB for the scores, limit is 8 GB"),
-    )
+    assert made.refused == (("reference", "would need 35184.4 GB for the scores, limit is 8 GB"),)
     assert "  refused   reference: would need 35184.4 GB for the scores, limit is 8 GB" in str(made)
 
 
@@ -100,7 +101,9 @@ def test_the_kernel_of_the_plan_is_the_one_that_runs(asked: str | None, monkeypa
     for kernel in (sdpa, reference):
         run = kernel.attend
         monkeypatch.setattr(
-            kernel, "attend", lambda *given, _run=run, _of=kernel, **options: ran.append(_of) or _run(*given, **options)
+            kernel,
+            "attend",
+            lambda *given, _run=run, _of=kernel, **options: ran.append(_of) or _run(*given, **options),
         )
     side = torch.randn(1, 2, 31, 8)
     attend(side, side, side, Causal(), kernel=asked)
