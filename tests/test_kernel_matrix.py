@@ -322,3 +322,23 @@ def test_operators_are_in_the_matrix():
         for part in (pattern.at_head(head, HEADS), *pattern.at_head(head, HEADS).operands)
     }
     assert {Intersection, Union, Sum} <= joined
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_autocast_takes_tensors_of_two_dtypes(kernel: str):
+    """Rotated queries and keys come in float32 beside values in bfloat16."""
+    query, key, value = tensors(31, 31, torch.float32, torch.device("cpu"))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = attend(query, key, value.to(torch.bfloat16), LongMixed(9), kernel=kernel)
+    low = [side.to(torch.bfloat16) for side in (query, key, value)]
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, attend(*low, LongMixed(9), kernel=kernel))
+
+
+def test_second_derivatives_are_refused():
+    """Silence would be a wrong number: the sdpa kernel has first derivatives only."""
+    leaves = [side.requires_grad_() for side in tensors(9, 9, torch.float64, torch.device("cpu"))]
+    output = attend(*leaves, Causal(), kernel="sdpa")
+    first = torch.autograd.grad(output.square().sum(), leaves, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
