@@ -246,12 +246,14 @@ def test_law_of_the_merge(pattern: Pattern, kernel: str, blocks: str, device: to
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_scale_is_the_one_given(kernel: str, device: torch.device):
+@pytest.mark.parametrize("pattern", [Causal(), Causal() & Window(9)], ids=str)
+@pytest.mark.parametrize("scale", [0.05, 2.0, 0.0, -0.3])
+def test_scale_is_the_one_given(scale: float, pattern: Pattern, kernel: str, device: torch.device):
     able(kernel, device)
     given = tensors(31, 31, torch.float64, device)
-    often = counts(Causal(), length=31, heads=HEADS)
-    truth, _ = oracle.dense(*[side.cpu() for side in given], often, scale=0.05)
-    oracle.within_budget(attend(*given, Causal(), scale=0.05, kernel=kernel), truth, truth)
+    often = counts(pattern, length=31, heads=HEADS)
+    truth, _ = oracle.dense(*[side.cpu() for side in given], often, scale=scale)
+    oracle.within_budget(attend(*given, pattern, scale=scale, kernel=kernel), truth, truth)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
