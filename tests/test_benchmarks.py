@@ -1,0 +1,57 @@
+"""The benchmark runs, at sizes at which its figures mean nothing."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from longspan.errors import PlanError
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attention.py"
+SMALL = ["--heads", "4", "--width", "8", "--repeats", "1"]
+
+
+@pytest.fixture
+def script() -> dict[str, Any]:
+    """The names of the script, as its own functions see them."""
+    return runpy.run_path(str(SCRIPT))["main"].__globals__
+
+
+def test_every_pattern_is_measured(
+    script: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    report = tmp_path / "new" / "attention.json"
+    script["main"](["--lengths", "32,64", "--json", str(report), *SMALL])
+    rows = json.loads(report.read_text())["rows"]
+    assert {(row["name"], row["length"]) for row in rows} >= {
+        (str(pattern), length) for pattern, _ in script["PATTERNS"] for length in (32, 64)
+    }
+    for row in rows:
+        assert len(row["forward"]) == len(row["backward"]) == 1
+        assert row["forward_of_product"] > 0
+        assert row["backward_gain"] > 0
+    # Machine, yardstick, an empty line and the heads of the columns come first.
+    assert len(capsys.readouterr().out.splitlines()) == 4 + len(rows)
+
+
+def test_what_no_kernel_can_run_is_said(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def attend(*tensors: object, pattern: object) -> None:
+        raise PlanError("No kernel can run this pattern on these tensors.")
+
+    monkeypatch.setitem(script, "attend", attend)
+    script["main"](["--lengths", "16", *SMALL])
+    printed = capsys.readouterr().out
+    assert printed.count(": No kernel can run this pattern on these tensors.") == len(script["PATTERNS"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device on this machine")
+def test_a_device_that_is_not_there_is_said(script: dict[str, Any]):
+    with pytest.raises(SystemExit, match="There is no CUDA device here, so nothing was measured."):
+        script["main"](["--device", "cuda", *SMALL])
