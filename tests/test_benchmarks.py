@@ -53,5 +53,5 @@ def test_what_no_kernel_can_run_is_said(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device on this machine")
 def test_a_device_that_is_not_there_is_said(script: dict[str, Any]):
-    with pytest.raises(SystemExit, match="There is no CUDA device here, so nothing was measured."):
+    with pytest.raises(SystemExit, match=r"There is no CUDA device here, so nothing was measured\."):
         script["main"](["--device", "cuda", *SMALL])
