@@ -34,6 +34,7 @@ from longspan.pattern import (
     Window,
     parse,
 )
+from longspan.pattern.named import Named
 
 Truth = Callable[[int, int], np.ndarray]
 
@@ -164,7 +165,7 @@ def test_a_printed_pattern_is_parsed_to_the_same_pattern(pattern: Pattern):
 @pytest.mark.parametrize("pattern", [pattern for pattern, _ in NAMED], ids=str)
 def test_a_head_has_no_heads_and_no_names(pattern: Pattern):
     def plain(part: Pattern) -> bool:
-        return type(part).__module__ != "longspan.pattern.named" and all(map(plain, part.operands))
+        return not isinstance(part, Named) and all(map(plain, part.operands))
 
     for head in range(4):
         alone = pattern.at_head(head, 4)

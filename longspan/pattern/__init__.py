@@ -13,16 +13,8 @@ from longspan.pattern.atoms import (
 )
 from longspan.pattern.base import Complement, Intersection, Pattern, PerHead, Sum, Transpose, Union
 from longspan.pattern.expression import parse
-from longspan.pattern.named import (
-    S2,
-    SCCA,
-    SDA,
-    LongMixed,
-    LongNet,
-    Longformer,
-    SlidingWindow,
-    Streaming,
-)
+from longspan.pattern.headwise import S2, SCCA, SDA, LongMixed, LongNet
+from longspan.pattern.named import Longformer, SlidingWindow, Streaming
 from longspan.pattern.progression import Bracket, Progression
 
 __all__ = [
@@ -45,8 +37,6 @@ __all__ = [
     "PerHead",
     "Prefix",
     "Progression",
-    "SCCA",
-    "SDA",
     "Sink",
     "SlidingWindow",
     "Streaming",

@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable, Mapping
 
 from longspan.errors import PatternError, message
-from longspan.pattern import atoms, named
+from longspan.pattern import atoms, headwise, named
 from longspan.pattern.base import Pattern, PerHead
 
 _OPERATORS: dict[type, Callable[[Pattern, Pattern], Pattern]] = {
@@ -20,7 +20,7 @@ _OPERATORS: dict[type, Callable[[Pattern, Pattern], Pattern]] = {
 
 PATTERNS: Mapping[str, type[Pattern]] = {
     kind.__name__: kind
-    for module, base in ((atoms, atoms.Atom), (named, named.Named))
+    for module, base in ((atoms, atoms.Atom), (named, named.Named), (headwise, named.Named))
     for kind in vars(module).values()
     if isinstance(kind, type) and issubclass(kind, base) and kind is not base
 } | {"PerHead": PerHead}
