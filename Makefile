@@ -20,6 +20,7 @@ help:
 	@echo "make clean    remove what these have made, the virtual environment included"
 
 demo: $(READY)
+	rm -rf out/demo
 	$(BIN)/longspan demo --output out/demo
 
 test: $(READY)

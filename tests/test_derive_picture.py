@@ -121,16 +121,16 @@ def test_svg_names_what_it_shows():
         "query 0 →",
         "1,199",
         "Causal() & ~Sink(2)",
-        "a cell is 19 × 19 pairs, paler where",
-        "fewer are read",
+        "a cell is 19 × 19 pairs, paler",
+        "where fewer are read",
     ]
     assert "http" not in drawn.replace(SVG[1:-1], "")
 
 
 def test_svg_paints_the_pairs_that_are_read():
-    # At 32 tokens a cell of 8 pixels leaves one free on two sides.
+    # At 32 tokens a cell of 6 pixels leaves one free on two sides.
     drawn = picture(SlidingWindow(3), length=32).svg
-    assert painted(drawn) == {HUES[0]: 49 * mask(SlidingWindow(3), length=32).sum()}
+    assert painted(drawn) == {HUES[0]: 25 * mask(SlidingWindow(3), length=32).sum()}
 
 
 def test_svg_tells_heads_apart():
@@ -139,14 +139,14 @@ def test_svg_tells_heads_apart():
     areas = painted(drawn)
     # The diagonal is read by the first two heads only, four pairs by all, and twelve by the last two only.
     mixed = next(colour for colour in areas if colour not in HUES)
-    assert [areas[colour] / 31**2 for colour in (HUES[0], mixed, HUES[1])] == [8, 4, 12]
+    assert [areas[colour] / 23**2 for colour in (HUES[0], mixed, HUES[1])] == [8, 4, 12]
     assert texts(drawn)[-2:] == ["heads 0, 1", "heads 2, 3"]
 
 
 def test_svg_tells_how_often():
     drawn = picture(LongNet((2, 4, 8), (1, 2, 4)), length=8, heads=1).svg
     assert set(painted(drawn)) == set(HUES[:3])
-    assert texts(drawn)[-3:] == ["once", "twice", "three times or more"]
+    assert texts(drawn)[-3:] == ["once", "twice", "more often"]
 
 
 def test_more_heads_than_colours_differ_in_strength():

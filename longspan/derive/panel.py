@@ -11,7 +11,7 @@ from longspan.derive.bins import edges
 
 # Colours that stand out on a light and on a dark page. The first three also say once, twice, and more often.
 HUES = ("#2f81f7", "#f78166", "#d2388b", "#2da44e", "#bf8700", "#8957e5")
-_OFTEN = ("once", "twice", "three times or more")
+_OFTEN = ("once", "twice", "more often")
 # The palest cell that holds a pair at all.
 _PALEST = 0.22
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from longspan.derive.panel import Panel
 
-SIDE = 256
-_GUTTER, _MARGIN, _TITLE, _AXIS, _LINE = 34, 12, 26, 18, 17
+SIDE = 192
+_GUTTER, _MARGIN, _TITLE, _AXIS, _LINE = 28, 12, 26, 18, 17
 # Cells of this size and more are drawn apart from one another.
 _APART = 5
-_SMALL, _LARGE = 11, 15
+_SMALL, _LARGE, _CODE = 11, 15, 10
 # Widths of a letter over the height of the type, on the safe side for any font.
 _MONO, _SANS = 0.61, 0.58
 _SWATCH = 10
@@ -121,9 +121,9 @@ def _beneath(grid: Grid, swatches: list[Swatch]) -> tuple[float, list[Label]]:
     """Return what stands below a grid and where that ends; its swatches are added to the others."""
     panel, baseline = grid.panel, grid.y + grid.size[1]
     labels = []
-    for line in wrap(panel.caption, int(SIDE / (_MONO * _SMALL))):
+    for line in wrap(panel.caption, int(SIDE / (_MONO * _CODE))):
         baseline += _LINE
-        labels.append(Label(grid.x, baseline, line, mono=True))
+        labels.append(Label(grid.x, baseline, line, _CODE, mono=True))
     at = float(SIDE)
     for colour, meaning in panel.legend:
         needed = _SWATCH + 5 + _SANS * _SMALL * len(meaning) + 12
