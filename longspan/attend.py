@@ -91,9 +91,13 @@ def attend_with_lse(
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
     chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, positions))
-    if chosen == "reference":
-        return reference.attend(query, key, value, pattern, queries=positions, scale=scale)
-    return sdpa.attend(query, key, value, head_groups(pattern, heads, positions, keys), scale)
+    if scale <= 0:
+        # PyTorch's kernel takes positive scales only.
+        query, scale = query * scale, 1.0
+    with torch.autocast(query.device.type, enabled=False):
+        if chosen == "reference":
+            return reference.attend(query, key, value, pattern, queries=positions, scale=scale)
+        return sdpa.attend(query, key, value, head_groups(pattern, heads, positions, keys), scale)
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -147,6 +151,8 @@ def _positions(
             f"{query.shape[1]} query heads cannot share {key.shape[1]} key heads equally.",
             "a number of key heads that divides the number of query heads",
         )
+    if not query.shape[3]:
+        raise refuse("A head is at least one number wide.", "a width of 64, for example")
     rows, columns = query.shape[2], key.shape[2]
     if queries is None:
         if rows > columns:

@@ -1,14 +1,16 @@
 """Train the default model: a byte-level Llama of 3.3 M parameters with a context of 512 tokens.
 
-Text: the standard library's own sources and docstrings (held-out modules excluded), with windows of repeated
-random segments and passkey prompts mixed in. Lengths grow 64, 128, 256, 512. Run from the repository's root:
+Text: the standard library's own sources, its longer docstrings and help texts once more as prose (held-out modules
+excluded), with windows of repeated random segments and passkey prompts mixed in. Lengths grow 64, 128, 256, 512.
+Every window begins with the end-of-text token, as the tokenizer puts it in front. Run from the repository's root:
 
-    python recipes/default_model.py --output runs/base --minutes 60
+    python recipes/default_model.py --output runs/base
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import math
 import time
@@ -16,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from longspan.text.corpus import Corpus
-from longspan.text.documents import held_out, standard_library
+from longspan.text.documents import Document, split, standard_library
+from longspan.text.encoding import encode
 from longspan.text.passkey import passkey_prompt
 from longspan.text.repeats import repeated_segments
 
@@ -29,12 +32,15 @@ PAD = "<|pad|>"
 CONTEXT = 512
 # (share of the run, length, share of repeated segments, share of passkey prompts)
 STAGES = [
-    (0.12, 64, 0.50, 0.00),
+    (0.15, 64, 0.50, 0.00),
     (0.15, 128, 0.40, 0.10),
-    (0.18, 256, 0.25, 0.15),
-    (0.55, 512, 0.20, 0.15),
+    (0.20, 256, 0.25, 0.15),
+    (0.50, 512, 0.20, 0.15),
 ]
 BATCH_TOKENS = 8192
+# Share of the plain windows that are cut from prose, and how long a docstring must be to count as such.
+PROSE = 0.4
+LONG = 300
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -44,6 +50,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([END, PAD])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B", special_tokens=[(END, len(alphabet))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END,
@@ -65,7 +75,7 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=CONTEXT,
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
             tie_word_embeddings=True,
             initializer_range=0.02,
             bos_token_id=tokenizer.bos_token_id,
@@ -75,8 +85,28 @@ def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
+def prose(documents: list[Document]) -> list[Document]:
+    """Return the longer docstrings of the documents, and the language's help texts."""
+    found = []
+    for document in documents:
+        if document.name.startswith("pydoc_data"):
+            found.append(document)
+            continue
+        try:
+            tree = ast.parse(document.text)
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                text = ast.get_docstring(node)
+                if text and len(text) >= LONG:
+                    found.append(Document(document.name, text))
+    return found
+
+
 def batch(
-    corpus: Corpus,
+    sources: Corpus,
+    texts: Corpus,
     tokenizer: PreTrainedTokenizerFast,
     stage: tuple[float, int, float, float],
     rng: np.random.Generator,
@@ -85,35 +115,37 @@ def batch(
     _, length, repeats, passkeys = stage
     rows = []
     for kind in rng.random(BATCH_TOKENS // length):
+        corpus = texts if rng.random() < PROSE else sources
         if kind < repeats:
-            rows.append(repeated_segments(corpus, length=length, rng=rng))
+            row = repeated_segments(corpus, length=length - 1, rng=rng)
         elif kind < repeats + passkeys:
-            prompt = passkey_prompt(tokenizer, corpus, length=length, depth=rng.random(), rng=rng)
-            rows.append(prompt.ids)
+            row = passkey_prompt(tokenizer, corpus, length=length - 1, depth=rng.random(), rng=rng).ids
         else:
-            rows.append(corpus.window(rng, length))
+            row = corpus.window(rng, length - 1)
+        rows.append(np.append(tokenizer.bos_token_id, row))
     return torch.from_numpy(np.stack(rows))
 
 
 @torch.no_grad()
-def passkey_share(model, tokenizer, corpus, length, rng, prompts=40) -> float:
+def passkey_share(model, tokenizer, corpus, length, rng, prompts=20) -> float:
     """Return the share of prompts whose five digits are all predicted."""
     right = 0
     for _ in range(prompts):
-        prompt = passkey_prompt(tokenizer, corpus, length=length, depth=rng.random(), rng=rng)
-        ids = torch.from_numpy(prompt.ids)[None]
+        prompt = passkey_prompt(tokenizer, corpus, length=length - 1, depth=rng.random(), rng=rng)
+        ids = torch.from_numpy(np.append(tokenizer.bos_token_id, prompt.ids))[None]
         guess = model(ids).logits[0, -prompt.answer - 1 : -1].argmax(-1)
         right += bool((guess == ids[0, -prompt.answer :]).all())
     return right / prompts
 
 
 @torch.no_grad()
-def text_loss(model, corpus, length, scored, windows=24) -> float:
+def text_loss(model, tokenizer, corpus, length, windows=6, scored=256) -> float:
     """Return the mean loss of the last `scored` tokens of windows of a length."""
     rng = np.random.default_rng(0)
     losses = []
     for _ in range(windows):
-        ids = torch.from_numpy(corpus.window(rng, 4096)[-length:])[None]
+        window = corpus.window(rng, 4096)[1 - length :]
+        ids = torch.from_numpy(np.append(tokenizer.bos_token_id, window))[None]
         logits = model(ids).logits[0, -scored - 1 : -1].float()
         losses.append(torch.nn.functional.cross_entropy(logits, ids[0, -scored:]))
     return float(torch.stack(losses).mean())
@@ -122,9 +154,7 @@ def text_loss(model, corpus, length, scored, windows=24) -> float:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--output", type=Path, required=True)
-    arguments.add_argument("--minutes", type=float, default=60)
-    arguments.add_argument("--optimizer", choices=["muon", "adamw"], default="muon")
-    arguments.add_argument("--rate", type=float, default=0.02, help="peak rate of the matrices")
+    arguments.add_argument("--steps", type=int, default=1600)
     arguments.add_argument("--seed", type=int, default=0)
     given = arguments.parse_args()
 
@@ -132,29 +162,27 @@ def main() -> None:
     rng = np.random.default_rng(given.seed)
     tokenizer = byte_tokenizer()
     model = untrained_model(tokenizer)
-    documents = standard_library()
-    encode = lambda kept: Corpus.from_ids(
-        (tokenizer(document.text)["input_ids"] for document in documents if held_out(document) == kept),
-        separator=tokenizer.eos_token_id,
+    training, validation = split(standard_library())
+    sources, texts, held = (encode(some, tokenizer) for some in (training, prose(training), validation))
+    print(
+        f"{len(sources):,} tokens of sources, {len(texts):,} of prose, {len(held):,} held out, "
+        f"{model.num_parameters():,} parameters",
+        flush=True,
     )
-    train, validation = encode(False), encode(True)
-    print(f"{len(train):,} training tokens, {len(validation):,} held out, {model.num_parameters():,} parameters")
 
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    if given.optimizer == "muon":
-        optimizers = [
-            torch.optim.Muon(matrices, lr=given.rate, momentum=0.95, weight_decay=0.05),
-            torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-    else:
-        optimizers = [torch.optim.AdamW(matrices + others, lr=given.rate, betas=(0.9, 0.95), weight_decay=0.1)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=0.05, momentum=0.95, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
 
     begun = time.monotonic()
     history = []
-    step = tokens = 0
-    while (done := (time.monotonic() - begun) / (60 * given.minutes)) < 1:
+    tokens = 0
+    for step in range(1, given.steps + 1):
+        done = (step - 1) / given.steps
         stage, reached = STAGES[-1], 0.0
         for candidate in STAGES:
             reached += candidate[0]
@@ -162,11 +190,11 @@ def main() -> None:
                 stage = candidate
                 break
         # Linear warm-up over 100 steps, constant, then a linear fall over the last 40 % of the run.
-        scale = min((step + 1) / 100, 1.0, max((1 - done) / 0.4, 0.02))
+        scale = min(step / 100, 1.0, max((1 - done) / 0.4, 0.02))
         for peak, optimizer in zip(peaks, optimizers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        ids = batch(train, tokenizer, stage, rng)
+        ids = batch(sources, texts, tokenizer, stage, rng)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
@@ -175,7 +203,7 @@ def main() -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step, tokens = step + 1, tokens + ids.numel()
+        tokens += ids.numel()
         if step % 100 == 0:
             model.eval()
             row = {
@@ -184,18 +212,19 @@ def main() -> None:
                 "minutes": round((time.monotonic() - begun) / 60, 1),
                 "length": stage[1],
                 "loss": round(loss.item(), 3),
-                "perplexity_512": round(math.exp(text_loss(model, validation, 512, 128)), 3),
-                "perplexity_4096": round(math.exp(text_loss(model, validation, 4096, 128, 4)), 3),
-                "passkey": passkey_share(model, tokenizer, validation, stage[1], rng) if stage[1] > 64 else None,
+                "perplexity_512": round(math.exp(text_loss(model, tokenizer, held, 512)), 3),
+                "perplexity_4096": round(math.exp(text_loss(model, tokenizer, held, 4096)), 3),
+                "passkey": passkey_share(model, tokenizer, held, stage[1], rng) if stage[1] > 64 else None,
             }
             model.train()
             history.append(row)
             print(json.dumps(row), flush=True)
-        if step % 500 == 0:
+        if step % 200 == 0:
             model.save_pretrained(given.output / "latest")
             tokenizer.save_pretrained(given.output / "latest")
-    model.save_pretrained(given.output / "float32")
-    tokenizer.save_pretrained(given.output / "float32")
+    # The packaged weights are bfloat16, half the size.
+    model.bfloat16().save_pretrained(given.output / "final")
+    tokenizer.save_pretrained(given.output / "final")
     (given.output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
 
 

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli.demo import command as demo_command
 from longspan.cli.eval import command as eval_command
+from longspan.cli.extend import command as extend_command
 from longspan.errors import LongspanError
 
 app = typer.Typer(
@@ -19,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("extend")(extend_command)
 app.command("eval")(eval_command)
+app.command("demo")(demo_command)
 
 
 def _version(asked: bool) -> None:

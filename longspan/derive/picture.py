@@ -12,7 +12,7 @@ from longspan.derive.extent import extent
 from longspan.derive.panel import Layer, Panel
 from longspan.derive.sheet import sheet
 from longspan.errors import InputError, ShapeError, message
-from longspan.pattern import Pattern
+from longspan.pattern import Pattern, Progression
 
 _BLANK, _SHADES, _FULL = "·", "░▒▓", "█"
 # Up to so many columns a cell is two characters wide, which makes it square.
@@ -171,7 +171,7 @@ def _layers(
 ) -> tuple[Layer, ...]:
     if heads is None:
         # Reads one pair, so as to refuse a pattern that differs from head to head.
-        pattern.count(queries[0], keys[0])
+        pattern.count(Progression.of(queries[:1]), Progression.of(keys[:1]))
     alike: dict[Pattern, list[int]] = {}
     for head in range(heads or 1):
         alike.setdefault(pattern.at_head(head, heads or 1), []).append(head)

@@ -40,15 +40,14 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     # A row that no part has read would give minus infinity less itself.
     silent = torch.isneginf(lses).all(dim=0)
     total = torch.logsumexp(lses.masked_fill(silent, 0.0), dim=0).masked_fill(silent, -torch.inf)
-    share = torch.exp(lses - total.masked_fill(silent, 0.0))
+    # Shares that sum to 1 however large the numbers are.
+    share = torch.softmax(lses.masked_fill(silent, 0.0), dim=0)
     return (share.unsqueeze(-1).to(outputs.dtype) * outputs).sum(dim=0), total
 
 
 def merge_into(output: Tensor, lse: Tensor, part_output: Tensor, part_lse: Tensor) -> None:
     """Merge one part into running totals, in place; tensors may be strided views."""
-    total = torch.logaddexp(lse, part_lse)
-    silent = torch.isneginf(total)
-    reference = total.masked_fill(silent, 0.0)
-    output.mul_(torch.exp(lse - reference).unsqueeze(-1))
-    output.add_(part_output * torch.exp(part_lse - reference).unsqueeze(-1))
-    lse.copy_(total)
+    # Where both are silent, the part's share of minus infinity less itself is none.
+    share = torch.sigmoid(part_lse - lse).masked_fill(torch.isneginf(part_lse), 0.0)
+    output.add_((part_output - output).mul_(share.unsqueeze(-1)))
+    lse.copy_(torch.logaddexp(lse, part_lse))

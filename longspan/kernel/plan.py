@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from longspan.derive.extent import extent
 from longspan.errors import PlanError, ShapeError, message
 from longspan.kernel import sdpa
 from longspan.kernel.parts import Part, parts
@@ -134,15 +135,22 @@ def plan(
             60 x masked 128 queries by 640 keys, contiguous, 80% of it read
             1 x causal 512 queries by 512 keys, contiguous, 100% of it read
     """
-    queries = range(length) if queries is None else queries
+    queries, keys = extent(length, queries)
     if dtype not in _BYTES:
         raise ShapeError(
             message("There is no such dtype here.", {"asked": dtype}, fix=f"one of {', '.join(_BYTES)}")
         )
-    refusals = {"reference": scores_refusal(heads * len(queries) * length * max(4, _BYTES[dtype]))}
+    return _plan(pattern, heads, queries, keys, width, dtype, kernel)
+
+
+@lru_cache(maxsize=256)
+def _plan(
+    pattern: Pattern, heads: int, queries: range, keys: range, width: int, dtype: str, kernel: str | None
+) -> Plan:
+    refusals = {"reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype]))}
     chosen, refused = choose(refusals, kernel, {"pattern": str(pattern)})
-    groups = head_groups(pattern, heads, queries, range(length))
-    return Plan(pattern, heads, queries, range(length), width, chosen, groups, refused)
+    groups = head_groups(pattern, heads, queries, keys)
+    return Plan(pattern, heads, queries, keys, width, chosen, groups, refused)
 
 
 def choose(
@@ -167,7 +175,7 @@ def choose(
             message(
                 f"{problem} can{'not' if asked else ''} run this pattern on these tensors.",
                 {**facts, "refused": [f"{name}  {why}" for name, why in refused]},
-                fix="kernel=None, which takes the first that can" if able else "fewer queries at a time, or a CPU",
+                fix="kernel=None, which takes the first that can" if able else "fewer queries at a time, or tensors that a kernel above takes",
             )
         )
     return asked or able[0], refused

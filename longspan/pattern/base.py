@@ -279,7 +279,8 @@ class PerHead(Pattern):
     parts: tuple[Pattern, ...]
 
     def __init__(self, parts: Sequence[Pattern]) -> None:
-        if isinstance(parts, Pattern) or not parts or not all(isinstance(part, Pattern) for part in parts):
+        listed = isinstance(parts, (list, tuple)) and len(parts) > 0
+        if not listed or not all(isinstance(part, Pattern) for part in parts):
             raise PatternError(
                 message(
                     "PerHead takes a list of patterns, one per group of heads.",

@@ -45,9 +45,11 @@ def parse(text: str) -> Pattern:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval")
+        return _Reader(text).pattern(tree.body)
     except (SyntaxError, ValueError) as error:
         raise _refusal(text, f"it is no expression: {getattr(error, 'msg', error)}") from None
-    return _Reader(text).pattern(tree.body)
+    except (RecursionError, MemoryError):
+        raise _refusal(f"{text[:60]}...", "it is nested too deeply") from None
 
 
 class _Reader:
@@ -73,7 +75,9 @@ class _Reader:
     def _call(self, name: str, node: ast.Call) -> Pattern:
         kind = self._known(name)
         accepted = list(inspect.signature(kind).parameters)
-        for keyword in node.keywords:
+        for number, keyword in enumerate(node.keywords):
+            if keyword.arg in [before.arg for before in node.keywords[:number]]:
+                raise _refusal(self.text, f"{name} is given `{keyword.arg}` twice", fix="once")
             if keyword.arg not in accepted:
                 close = difflib.get_close_matches(str(keyword.arg), accepted, n=1, cutoff=0.0)
                 takes = ", ".join(accepted) or "nothing"
@@ -93,11 +97,11 @@ class _Reader:
         return kind(*arguments, **options)
 
     def _argument(self, node: ast.expr) -> object:
-        if isinstance(node, ast.List) and any(isinstance(item, (ast.Call, ast.BinOp)) for item in node.elts):
-            return [self.pattern(item) for item in node.elts]
         try:
             return ast.literal_eval(node)
-        except ValueError:
+        except (ValueError, TypeError):
+            if isinstance(node, ast.List):
+                return [self.pattern(item) for item in node.elts]
             raise _refusal(self.text, f"`{ast.unparse(node)}` is no number, text or list of them") from None
 
     def _known(self, name: str) -> type[Pattern]:

@@ -78,7 +78,7 @@ class S2(Named):
         # # # # . .        . . # # . .
         . . . . # .        . . # # # .
 
-    The groups of the second half begin at `group / 2`; the first and last of them are shorter. Nothing wraps
+    The groups of the second half begin at half a group, rounded up; the first and last of them are shorter. Nothing wraps
     around, so nothing leaks.
 
     Args:
@@ -104,8 +104,12 @@ class S2(Named):
     def __post_init__(self) -> None:
         check_size(self, "group", least=2)
 
+    @property
+    def groups(self) -> int:
+        return 2
+
     def expression(self, head: int, heads: int) -> Pattern:
-        halves = PerHead([Chunk(self.group), Chunk(self.group, offset=self.group // 2)])
+        halves = PerHead([Chunk(self.group), Chunk(self.group, offset=self.group - self.group // 2)])
         return direction(self.causal) & halves
 
 
@@ -150,6 +154,10 @@ class SCCA(Named):
     def __post_init__(self) -> None:
         check_size(self, "window")
         check_size(self, "flow", least=0)
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.flow else 2
 
     def expression(self, head: int, heads: int) -> Pattern:
         if self.flow:
@@ -251,6 +259,10 @@ class LongMixed(Named):
         check_size(self, "window")
         if self.dilation is not None:
             check_size(self, "dilation")
+
+    @property
+    def groups(self) -> int:
+        return 4
 
     def expression(self, head: int, heads: int) -> Pattern:
         return PerHead([SCCA(self.window, causal=self.causal), SDA(self.dilation, causal=self.causal)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from longspan.errors import PatternError, message
 from longspan.pattern.atoms import Causal, Dilated, Everything, Sink, Window, check_size
 from longspan.pattern.base import Counts, Pattern, Positions, Verdict, needs_head
 
@@ -20,7 +21,20 @@ class Named(Pattern):
         """Return what one of `heads` heads reads, in simpler patterns."""
         raise NotImplementedError
 
+    @property
+    def groups(self) -> int:
+        """How many equal groups the heads are divided into."""
+        return 1
+
     def at_head(self, head: int, heads: int) -> Pattern:
+        if heads % self.groups:
+            raise PatternError(
+                message(
+                    "The heads cannot be divided equally among the parts of this pattern.",
+                    {"pattern": str(self), "parts": str(self.groups), "heads": str(heads)},
+                    fix="a number of heads that the parts divide, or another pattern",
+                )
+            )
         return self.expression(head, heads).at_head(head, heads)
 
     def contains(self, q: Positions, k: Positions) -> Verdict:

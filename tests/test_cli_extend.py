@@ -1,0 +1,122 @@
+"""`longspan extend` on the command line: bad input gets one message and code 2, and nothing is lost."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from tiny import byte_tokenizer, llama
+from transformers import BertConfig, BertModel
+
+from longspan import cli
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    llama(positions=64).save_pretrained(folder / "tiny")
+    byte_tokenizer().save_pretrained(folder / "tiny")
+    small = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    BertModel(small).save_pretrained(folder / "bert")
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "novel.txt").write_text("It was the best of times.\n" * 400)
+    (tmp_path / "short.txt").write_text("It was the worst of times.\n")
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"text\0more")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("years of work")
+    return tmp_path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Return a function that runs the command line: exit code, output, errors."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "110")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as leaving:
+            code = leaving.code
+        written = capsys.readouterr()
+        return code, written.out, written.err
+
+    return run
+
+
+def refused(problem, *arguments):
+    return pytest.param(arguments, problem, id=problem)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        refused("There is no such file or folder.", "--text", "{place}/missing.txt"),
+        refused("A text file is empty.", "--text", "{place}/empty.txt"),
+        refused("A file holds binary data instead of text.", "--text", "{place}/binary.txt"),
+        refused("There is too little text for one window.", "--text", "{place}/short.txt"),
+        refused("There is no pattern called LongMixt.", "--pattern", "LongMixt(64)"),
+        refused("This text is no pattern.", "--pattern", "LongMixed(64, dilaton=2)"),
+        refused("The new length is not longer than the model's own.", "--length", "32"),
+        refused("The output folder is not empty.", "--output", "{place}/full"),
+        refused("No RoPE scaling has this name.", "--rope", "yarm"),
+        refused("This model is not a causal language model.", "{models}/bert"),
+        refused("There is no model folder at this path.", "{place}/none"),
+        refused("This is not a length.", "--length", "long"),
+        refused("An option of the recipe is out of range.", "--steps", "0"),
+        refused("The heads cannot be divided equally", "--pattern", "PerHead([Causal(), Causal(), Causal()])"),
+        refused("There is no run to resume in this folder.", "--resume"),
+    ],
+)
+def test_bad_input_gets_one_message_and_code_2(run, models, place, arguments, problem):
+    given = [part.format(place=place, models=models) for part in arguments]
+    if "--resume" not in given:
+        named = given[0].startswith("--")
+        given = [*([str(models / "tiny")] if named else []), *given]
+        for option, value in (("--length", 256), ("--text", place / "novel.txt")):
+            if option not in given:
+                given += [option, str(value)]
+    if "--output" not in given:
+        given += ["--output", str(place / "out")]
+    code, out, err = run("extend", *given)
+    assert (code, out) == (2, "")
+    told = [line for line in err.splitlines() if not line.startswith("extending ")]
+    assert told[0].startswith(problem)
+    assert any(line.startswith("  try") for line in told) and "Traceback" not in err
+    assert [path.name for path in (place / "full").iterdir()] == ["thesis.txt"]
+    assert not (place / "out").exists()
+
+
+def test_resuming_keeps_the_recipe(run, place):
+    code, out, err = run("extend", "--resume", "--steps", "10", "--output", place / "full")
+    assert (code, out) == (2, "")
+    assert err.splitlines() == [
+        "A run goes on by the recipe it began with.",
+        "  asked   --resume with steps",
+        f"  recipe  {place}/full/recipe.json",
+        f"  try     longspan extend --resume --output {place}/full",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_it_says_what_it_does_and_where_the_result_is(run, models, place):
+    torch.manual_seed(0)
+    code, out, err = run(
+        *("extend", models / "tiny", "--length", "256", "--text", place / "novel.txt"),
+        *("--pattern", "LongMixed(64)", "--steps", "2", "--batch", "1", "--output", place / "out"),
+    )
+    assert code == 0
+    assert err.splitlines()[0] == (
+        f"extending {models}/tiny to 256 tokens: yarn, LongMixed(64), 2 steps of 1 windows of {place}/novel.txt"
+    )
+    assert err.splitlines()[-1].startswith("training on 256 tokens: 512 of 512 tokens, loss ")
+    assert out == (
+        f"the extended model is in {place}/out; compare: longspan eval {models}/tiny {place}/out\n"
+    )

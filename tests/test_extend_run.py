@@ -1,0 +1,173 @@
+"""Extension end to end on a tiny model: a plain checkpoint comes out, whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, llama
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from longspan.errors import InputError
+from longspan.extend import extension
+from longspan.extend.adapter import adapt, merge
+from longspan.extend.recipe import Recipe
+from longspan.extend.training import train
+from longspan.extend.windows import TrainingWindows
+from longspan.text.corpus import Corpus
+
+LENGTH = 512
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = llama(positions=64)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    byte_tokenizer(opening=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> str:
+    file = tmp_path_factory.mktemp("text") / "novel.txt"
+    file.write_text("".join(f"Chapter {n}. It was the {n}th of May, and nothing happened.\n" for n in range(200)))
+    return str(file)
+
+
+def recipe(source: str, text: str, **options) -> Recipe:
+    return Recipe(
+        **{
+            "model": source,
+            "text": text,
+            "length": LENGTH,
+            "pattern": "LongMixed(64)",
+            "steps": 6,
+            "batch": 1,
+            "rank": 2,
+        }
+        | options
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_checkpoint_is_plain(source, text, tmp_path):
+    losses = []
+
+    def progress(name, done):
+        return lambda done, total, *, loss: losses.append((done, total, loss))
+
+    folder = extension.extend(recipe(source, text), tmp_path / "out", progress=progress)
+    held = {path.name for path in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= held
+    assert "training" not in held and not any(name.startswith("adapter") for name in held)
+    assert "longspan" not in (folder / "config.json").read_text().lower()
+    before, after = (load_file(Path(place) / "model.safetensors") for place in (source, folder))
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    trained = ("q_proj", "k_proj", "v_proj", "o_proj", "embed_tokens", "norm")
+    assert changed and all(any(part in name for part in trained) for name in changed)
+    assert any("embed_tokens" in name for name in changed) and any("q_proj" in name for name in changed)
+    assert [done for done, _, _ in losses] == [LENGTH * step for step in range(1, 7)]
+    assert all(total == 6 * LENGTH and np.isfinite(loss) for _, total, loss in losses)
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["max_position_embeddings"] == LENGTH
+    assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == LENGTH / 64
+    assert "attention_factor" not in config["rope_parameters"]
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config._attn_implementation == "sdpa"
+    assert AutoTokenizer.from_pretrained(folder).model_max_length == LENGTH
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_checkpoint_needs_no_longspan(source, text, tmp_path):
+    folder = extension.extend(recipe(source, text, steps=2), tmp_path / "out")
+    program = (
+        "import sys; sys.modules['longspan'] = None\n"
+        "import torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, attn_implementation='sdpa')\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({str(folder)!r})\n"
+        "ids = tokenizer('Chapter 7. ' * 40, return_tensors='pt').input_ids\n"
+        "print(ids.shape[1], bool(torch.isfinite(model(ids).logits).all()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(1 + 11 * 40), "True"]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_interrupted_run_goes_on_to_the_same_weights(source, text, tmp_path):
+    whole = extension.extend(recipe(source, text), tmp_path / "whole")
+
+    def interrupting(name, done):
+        def step(done, total, *, loss):
+            if done == 3 * LENGTH:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return step
+
+    with pytest.raises(extension.Interrupted) as stop:
+        extension.extend(recipe(source, text), tmp_path / "parts", progress=interrupting)
+    assert (stop.value.step, stop.value.steps) == (3, 6)
+    assert not (tmp_path / "parts" / "config.json").exists()
+
+    started = []
+
+    def continuing(name, done):
+        started.append(done)
+        return lambda done, total, *, loss: started.append(done)
+
+    parts = extension.resume(tmp_path / "parts", progress=continuing)
+    assert started == [LENGTH * step for step in (3, 4, 5, 6)]
+    for name, weights in load_file(whole / "model.safetensors").items():
+        torch.testing.assert_close(load_file(parts / "model.safetensors")[name], weights, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="This run is finished, so there is nothing to resume."):
+        extension.resume(parts)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_training_leaves_the_model_as_it_computes(tmp_path):
+    """The Trainer wraps the forward in autocast; what is measured after must not be."""
+    model = llama(positions=64)
+    adapted = adapt(model, rank=2)
+    corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
+    small = Recipe(length=320, steps=1, batch=1)
+    train(adapted, TrainingWindows(corpus, byte_tokenizer(), small), small, folder=tmp_path)
+    assert merge(adapted)(torch.arange(16)[None]).logits.dtype == torch.float32
+
+
+def test_windows_depend_on_their_number_alone():
+    corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
+    small = Recipe(length=400, steps=20, batch=1, repeats=0.4, passkeys=0.3)
+    first = TrainingWindows(corpus, byte_tokenizer(opening=True), small)
+    again = TrainingWindows(corpus, byte_tokenizer(opening=True), small)
+    order = np.random.default_rng(0).permutation(20)
+    for number in order:
+        window = again[int(number)]
+        assert torch.equal(window["input_ids"], first[int(number)]["input_ids"])
+        assert torch.equal(window["input_ids"], window["labels"])
+        assert window["input_ids"].shape == (400,) and window["input_ids"][0] == 256
+    assert len({tuple(first[n]["input_ids"].tolist()) for n in range(20)}) == 20
+    tokenizer = byte_tokenizer()
+    asked = sum("What is the pass key?" in tokenizer.decode(first[n]["input_ids"]) for n in range(20))
+    assert 2 <= asked <= 12
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_what_is_trained():
+    adapted = adapt(llama(), rank=2)
+    trained = {name for name, weights in adapted.named_parameters() if weights.requires_grad}
+    assert any("lora_A" in name for name in trained) and any("embed_tokens" in name for name in trained)
+    assert any("input_layernorm" in name for name in trained) and any(".norm." in name for name in trained)
+    assert not any("mlp" in name for name in trained)
