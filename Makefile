@@ -11,7 +11,7 @@ export HF_DATASETS_OFFLINE := 1
 .PHONY: help demo test lint bench gpu picture clean
 
 help:
-	@echo "make demo     read eight times further: extend the default model, print the table (6 minutes)"
+	@echo "make demo     read eight times further: extend the default model, print the table"
 	@echo "make test     run all tests"
 	@echo "make lint     check style, format and types"
 	@echo "make bench    measure attention over patterns against a matrix product"
