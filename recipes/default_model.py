@@ -35,7 +35,8 @@ STAGES = [
     (0.15, 64, 0.50, 0.00),
     (0.15, 128, 0.40, 0.10),
     (0.20, 256, 0.25, 0.15),
-    (0.50, 512, 0.20, 0.15),
+    (0.38, 512, 0.20, 0.15),
+    (0.12, 512, 0.60, 0.12),
 ]
 BATCH_TOKENS = 8192
 # Share of the plain windows that are cut from prose, and how long a docstring must be to count as such.

@@ -114,7 +114,7 @@ def test_it_says_what_it_does_and_where_the_result_is(run, models, place):
     )
     assert code == 0
     assert err.splitlines()[0] == (
-        f"extending {models}/tiny to 256 tokens: yarn, LongMixed(64), 2 steps of 1 windows of {place}/novel.txt"
+        f"extending {models}/tiny to 256 tokens: yarn, LongMixed(64), 2 steps of 1 x 256 tokens of {place}/novel.txt"
     )
     assert err.splitlines()[-1].startswith("training on 256 tokens: 512 of 512 tokens, loss ")
     assert out == (

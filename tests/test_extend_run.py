@@ -83,7 +83,7 @@ def test_the_checkpoint_is_plain(source, text, tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["max_position_embeddings"] == LENGTH
-    assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == LENGTH / 64
+    assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == 1.25 * LENGTH / 64
     assert "attention_factor" not in config["rope_parameters"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config._attn_implementation == "sdpa"
@@ -143,15 +143,15 @@ def test_training_leaves_the_model_as_it_computes(tmp_path):
     adapted = adapt(model, rank=2)
     corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
     small = Recipe(length=320, steps=1, batch=1)
-    train(adapted, TrainingWindows(corpus, byte_tokenizer(), small), small, folder=tmp_path)
+    train(adapted, TrainingWindows(corpus, byte_tokenizer(), small, heads=4), small, folder=tmp_path)
     assert merge(adapted)(torch.arange(16)[None]).logits.dtype == torch.float32
 
 
 def test_windows_depend_on_their_number_alone():
     corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
     small = Recipe(length=400, steps=20, batch=1, repeats=0.4, passkeys=0.3)
-    first = TrainingWindows(corpus, byte_tokenizer(opening=True), small)
-    again = TrainingWindows(corpus, byte_tokenizer(opening=True), small)
+    first = TrainingWindows(corpus, byte_tokenizer(opening=True), small, heads=4)
+    again = TrainingWindows(corpus, byte_tokenizer(opening=True), small, heads=4)
     order = np.random.default_rng(0).permutation(20)
     for number in order:
         window = again[int(number)]

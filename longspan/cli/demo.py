@@ -32,8 +32,7 @@ def command(
     from longspan.evaluate.table import table
     from longspan.extend import extension
     from longspan.extend.recipe import Recipe
-    from longspan.hf.config import extended
-    from longspan.hf.model import load_config, load_model
+    from longspan.hf.model import load_model
     from longspan.text.documents import documents, split
     from longspan.text.encoding import encode
 
@@ -42,7 +41,7 @@ def command(
     check_output(picture, (".png",))
     recipe = Recipe()
     held = split(documents())[1]
-    longer = extended(load_config(), method=recipe.rope, length=recipe.length)
+    longer = extension.stretched(recipe)
     evaluations: list[Evaluation] = []
 
     with Progress() as progress:

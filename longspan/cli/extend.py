@@ -44,14 +44,14 @@ def command(
         typer.Option(
             metavar="EXPRESSION",
             help='What each query reads while training, such as "S2(1024)"; the result reads densely.',
-            show_default="LongMixed",
+            show_default="the last 3/8 and the first 1/4",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="150")
+        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="160")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows per step.", show_default="2")
+        int | None, typer.Option(metavar="N", help="Windows per step.", show_default="1")
     ] = None,
     rate: Annotated[
         float | None, typer.Option(metavar="R", help="Peak learning rate.", show_default=False)
@@ -139,7 +139,7 @@ def described(recipe: Any) -> str:
     """Return one line that says what a recipe does."""
     parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     return (
-        "extending {model} to {length:,} tokens: {rope}, {pattern}, {steps} steps of {batch} windows of {text}".format(
+        "extending {model} to {length:,} tokens: {rope}, {pattern}, {steps} steps of {batch} x {length:,} tokens of {text}".format(
             **parts
             | {
                 "model": recipe.model or "the default model",

@@ -122,7 +122,7 @@ def blocks(
         >>> from longspan.pattern import Window
         >>> found = blocks(Causal() & Window(256), length=1_048_576)
         >>> len(found), found.visited < 20 * len(found)
-        (24574, True)
+        (16381, True)
     """
     queries, keys = extent(length, queries, keys)
     if size < 1 or min(steps) < 1:
@@ -153,19 +153,30 @@ class _Descent:
         visited = 0
         level = self._top()
         while level:
-            query_class, key_class, row, column, span = level
-            visited += len(row)
             kind = self._classify(*level)
-            leaf = span == 1
+            visited += len(kind)
+            leaf = level[-1] == 1
             keep = (kind == FULL) | (kind == TRIANGLE) | ((kind == PARTIAL) & leaf)
             if keep.any():
                 self.found.append((*(part[keep] for part in level), kind[keep]))
             level = self._quarters(tuple(part[(kind == PARTIAL) & ~leaf] for part in level))
         if self.found:
-            arrays = [np.concatenate(parts) for parts in zip(*self.found, strict=True)]
+            *places, kind = (np.concatenate(parts) for parts in zip(*self.found, strict=True))
         else:
-            arrays = [np.zeros(0, dtype=np.int64) for _ in range(6)]
-        return Blocks(self.query_side, self.key_side, self.size, *arrays, visited=visited)
+            *places, kind = (np.zeros(0, dtype=np.int64) for _ in range(6))
+        query_class, key_class, row, column, span = places
+        return Blocks(
+            self.query_side,
+            self.key_side,
+            self.size,
+            query_class,
+            key_class,
+            row,
+            column,
+            span,
+            kind,
+            visited,
+        )
 
     def _top(self) -> tuple[np.ndarray, ...] | None:
         """Return one square over everything for each pair of residue classes that is not empty."""

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
+
 from longspan.extend.adapter import adapt, merge
 from longspan.extend.folder import OutputFolder
 from longspan.extend.recipe import Recipe
 from longspan.extend.training import Progress, train
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
-from longspan.hf.config import extended
+from longspan.hf.config import extended, rope_parameters
 from longspan.hf.model import load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.text.documents import documents, split
@@ -77,14 +79,27 @@ def resume(
     return _Prepared(recipe, device).run(folder, state, progress)
 
 
+def stretched(recipe: Recipe) -> PretrainedConfig:
+    """Return the configuration of a recipe's model, with positions stretched to its length and the margin.
+
+    Raises:
+        InputError: the model cannot be stretched so.
+    """
+    config = load_config(recipe.model)
+    # Refused by the length that was asked for, not by the one with the margin.
+    rope_parameters(config, method=recipe.rope, length=recipe.length)
+    config = extended(config, method=recipe.rope, length=round(recipe.margin * recipe.length))
+    config.max_position_embeddings = recipe.length
+    return config
+
+
 class _Prepared:
     """A recipe whose model, text and pattern have been found to fit together."""
 
     def __init__(self, recipe: Recipe, device: Any) -> None:
         self.recipe = recipe
         pattern = parse(recipe.pattern)
-        config = load_config(recipe.model)
-        config = extended(config, method=recipe.rope, length=recipe.length)
+        config = stretched(recipe)
         # Every head must be able to read by the pattern; patterns for attention have no dropout.
         pattern.at_head(0, config.num_attention_heads)
         config.attention_dropout = 0.0
@@ -92,7 +107,7 @@ class _Prepared:
         self.model, self.tokenizer = load_model(recipe.model, config=config, device=device)
         corpus = encode(training, self.tokenizer)
         corpus.require(recipe.length, name="the text to train on")
-        self.windows = TrainingWindows(corpus, self.tokenizer, recipe)
+        self.windows = TrainingWindows(corpus, self.tokenizer, recipe, heads=config.num_attention_heads)
         self.adapted = adapt(self.model, rank=recipe.rank)
         set_pattern(self.adapted, pattern)
 

@@ -123,7 +123,7 @@ def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, 
     whichever of the two holds more of them.
     """
     distance, inverse, moving = np.unique(query - key, return_inverse=True, return_counts=True)
-    place, resting_inverse, resting = np.unique(key, return_inverse=True, return_counts=True)
+    _, resting_inverse, resting = np.unique(key, return_inverse=True, return_counts=True)
     moves = moving[inverse] >= resting[resting_inverse]
     line = np.where(moves, inverse, len(distance) + resting_inverse)
     for number in np.unique(line):

@@ -94,7 +94,7 @@ class Pattern:
         return Complement(self)
 
     @property
-    def T(self) -> Pattern:  # noqa: N802
+    def T(self) -> Pattern:
         """The pattern with query and key exchanged."""
         return Transpose(self)
 

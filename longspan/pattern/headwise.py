@@ -160,11 +160,8 @@ class SCCA(Named):
         return 1 if self.flow else 2
 
     def expression(self, head: int, heads: int) -> Pattern:
-        if self.flow:
-            moved = self._moved(head % self.flow)
-        else:
-            moved = PerHead([self._moved(0), self._moved(1)])
-        return direction(self.causal) & moved
+        fixed = PerHead([self._moved(0), self._moved(1)])
+        return direction(self.causal) & (self._moved(head % self.flow) if self.flow else fixed)
 
     def _moved(self, windows: int) -> Pattern:
         own = Chunk(self.window)

@@ -79,8 +79,8 @@ class Progression:
     @classmethod
     def of(cls, positions: range) -> Progression:
         """Return one range of positions, read as a progression."""
-        low, high = np.int64(positions[0]), np.int64(positions[-1])
-        return cls(low, high, np.int64(positions.step if low != high else 0))
+        low, high = np.asarray(positions[0]), np.asarray(positions[-1])
+        return cls(low, high, np.asarray(positions.step if len(positions) > 1 else 0))
 
     def __add__(self, other: Progression | int) -> Progression:
         if isinstance(other, int):

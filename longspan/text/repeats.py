@@ -1,7 +1,8 @@
-"""Repeated segments: text in which random strings come back after gaps.
+"""Repeated segments: text in which random strings and pieces of text come back after gaps.
 
-Copying such a string is only possible by looking back at its first occurrence, so these windows teach a
-model to retrieve at every distance, many times per window, where one passkey teaches it once.
+A random string can only be copied by looking back at its first occurrence, and a piece of text is copied best that
+way, so these windows teach a model to retrieve at every distance, many times per window, where one passkey teaches
+it once.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from longspan.text.corpus import Corpus
 
 
 def repeated_segments(filler: Corpus, *, length: int, rng: np.random.Generator) -> np.ndarray:
-    """Return `length` tokens in which a few random segments recur between pieces of text.
+    """Return `length` tokens in which a few segments recur between pieces of text.
 
-    A segment is made of tokens drawn at random from the corpus itself, so it is spelled in the corpus's
-    own alphabet yet cannot be guessed. About half of the window is text, half segments.
+    Half of the segments are made of tokens drawn at random from the corpus, so they are spelled in the corpus's own
+    alphabet yet cannot be guessed; the others are pieces of its text. About half of the window is segments.
     """
-    longest = max(4, min(length // 8, 48))
-    segments = [
-        rng.choice(filler.ids, int(rng.integers(4, longest + 1)))
-        for _ in range(int(rng.integers(2, 2 + max(1, length // 128))))
-    ]
+    longest = max(4, min(length // 8, 64))
+    segments = []
+    for _ in range(int(rng.integers(2, 2 + max(1, length // 128)))):
+        size = int(rng.integers(4, longest + 1))
+        segments.append(rng.choice(filler.ids, size) if rng.random() < 0.5 else filler.window(rng, size))
     pieces: list[np.ndarray] = []
     total = 0
     while total < length:
