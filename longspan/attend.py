@@ -54,9 +54,7 @@ def attend(
     References:
         Vaswani et al., Attention Is All You Need (arXiv 1706.03762), section 3.2.1.
     """
-    return attend_with_lse(
-        query, key, value, pattern, queries=queries, scale=scale, kernel=kernel
-    )[0]
+    return attend_with_lse(query, key, value, pattern, queries=queries, scale=scale, kernel=kernel)[0]
 
 
 def attend_with_lse(
@@ -120,19 +118,23 @@ def _facts(
         name: f"{list(side.shape)} {str(side.dtype).removeprefix('torch.')}, {side.device}"
         for name, side in sides.items()
     }
-    return {"pattern": str(pattern), **described, "queries": "the last ones" if queries is None else str(queries)}
+    return {
+        "pattern": str(pattern),
+        **described,
+        "queries": "the last ones" if queries is None else str(queries),
+    }
 
 
-def _positions(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None
-) -> range:
+def _positions(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None) -> range:
     """Return the positions of the queries, or raise ShapeError where anything does not fit."""
 
     def refuse(problem: str, fix: str) -> ShapeError:
         return ShapeError(message(problem, _facts(query, key, value, pattern, queries), fix=fix))
 
     if not isinstance(pattern, Pattern):
-        raise refuse(f"The fourth argument is a pattern, got {type(pattern).__name__}.", "Causal(), for example")
+        raise refuse(
+            f"The fourth argument is a pattern, got {type(pattern).__name__}.", "Causal(), for example"
+        )
     if any(side.dim() != 4 for side in (query, key, value)):
         raise refuse(
             "Query, key and value have four dimensions: batch, heads, length and width.",
@@ -163,6 +165,7 @@ def _positions(
         return range(columns - rows, columns)
     if len(queries) != rows or queries.step < 1 or queries.start < 0:
         raise refuse(
-            f"`queries` names {len(queries)} positions for {rows} queries.", f"queries=range(start, start + {rows})"
+            f"`queries` names {len(queries)} positions for {rows} queries.",
+            f"queries=range(start, start + {rows})",
         )
     return queries

@@ -71,7 +71,9 @@ def refused(problem, *arguments):
         refused("There is no model folder at this path.", "{place}/none"),
         refused("This is not a length.", "--length", "long"),
         refused("An option of the recipe is out of range.", "--steps", "0"),
-        refused("The heads cannot be divided equally", "--pattern", "PerHead([Causal(), Causal(), Causal()])"),
+        refused(
+            "The heads cannot be divided equally", "--pattern", "PerHead([Causal(), Causal(), Causal()])"
+        ),
         refused("There is no run to resume in this folder.", "--resume"),
     ],
 )

@@ -41,7 +41,9 @@ def source(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> str:
     file = tmp_path_factory.mktemp("text") / "novel.txt"
-    file.write_text("".join(f"Chapter {n}. It was the {n}th of May, and nothing happened.\n" for n in range(200)))
+    file.write_text(
+        "".join(f"Chapter {n}. It was the {n}th of May, and nothing happened.\n" for n in range(200))
+    )
     return str(file)
 
 
@@ -132,7 +134,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights(source, text, tmp_path):
     assert started == [LENGTH * step for step in (3, 4, 5, 6)]
     for name, weights in load_file(whole / "model.safetensors").items():
         torch.testing.assert_close(load_file(parts / "model.safetensors")[name], weights, rtol=0, atol=1e-6)
-    with pytest.raises(InputError, match="This run is finished, so there is nothing to resume."):
+    with pytest.raises(InputError, match="This run is finished"):
         extension.resume(parts)
 
 

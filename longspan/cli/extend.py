@@ -16,7 +16,9 @@ def command(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="MODEL", help="Folder or Hugging Face id; without it, the default model.", show_default=False
+            metavar="MODEL",
+            help="Folder or Hugging Face id; without it, the default model.",
+            show_default=False,
         ),
     ] = None,
     length: Annotated[
@@ -132,18 +134,18 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
             progress.note(f"stopped after step {stop.step} of {stop.steps}; nothing is lost")
             progress.note(f"go on with: longspan extend --resume --output {output}")
             raise typer.Exit(130) from None
-    typer.echo(f"the extended model is in {output}; compare: longspan eval {given.get('model', 'default')} {output}")
+    typer.echo(
+        f"the extended model is in {output}; compare: longspan eval {given.get('model', 'default')} {output}"
+    )
 
 
 def described(recipe: Any) -> str:
     """Return one line that says what a recipe does."""
     parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    return (
-        "extending {model} to {length:,} tokens: {rope}, {pattern}, {steps} steps of {batch} x {length:,} tokens of {text}".format(
-            **parts
-            | {
-                "model": recipe.model or "the default model",
-                "text": recipe.text or "the standard library",
-            }
-        )
+    return "extending {model} to {length:,} tokens: {rope}, {pattern}, {steps} steps of {batch} x {length:,} tokens of {text}".format(
+        **parts
+        | {
+            "model": recipe.model or "the default model",
+            "text": recipe.text or "the standard library",
+        }
     )

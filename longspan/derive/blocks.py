@@ -84,9 +84,7 @@ class Blocks:
         return int((np.where(self.kind == TRIANGLE, rows + 1, 2 * rows) * columns).sum()) // 2
 
 
-def _covered(
-    side: Side, residue: np.ndarray, block: np.ndarray, span: np.ndarray, size: int
-) -> np.ndarray:
+def _covered(side: Side, residue: np.ndarray, block: np.ndarray, span: np.ndarray, size: int) -> np.ndarray:
     return np.minimum(span * size, side.lengths[residue] - block * size)
 
 

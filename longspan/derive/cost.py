@@ -89,7 +89,9 @@ def _pairs(tile: Tile) -> int:
     look = [q, k] if period is None else [q - k, q % period]
     facts = np.stack([*look, rows[partial], columns[partial]])
     _, first, times = np.unique(facts, axis=1, return_index=True, return_counts=True)
-    return covered + int((_exact_pairs(tile, q[first], k[first], rows[partial][first], columns[partial][first]) * times).sum())
+    return covered + int(
+        (_exact_pairs(tile, q[first], k[first], rows[partial][first], columns[partial][first]) * times).sum()
+    )
 
 
 def _exact_pairs(
@@ -102,7 +104,8 @@ def _exact_pairs(
     for some in np.array_split(np.arange(len(q)), -(-len(q) * len(place) ** 2 // _CHUNK)):
         inside = (place[:, None] < rows[some, None, None]) & (place[None, :] < columns[some, None, None])
         contained = tile.term.contains(
-            q[some, None, None] + place[:, None] * strides[0], k[some, None, None] + place[None, :] * strides[1]
+            q[some, None, None] + place[:, None] * strides[0],
+            k[some, None, None] + place[None, :] * strides[1],
         )
         held.append((contained & inside).sum(axis=(1, 2)))
     return np.concatenate(held)

@@ -130,4 +130,3 @@ class _Prepared:
         reset(self.adapted)
         folder.finish(merge(self.adapted).eval(), self.tokenizer)
         return folder.path
-

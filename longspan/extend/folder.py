@@ -51,7 +51,9 @@ class OutputFolder:
                 message(
                     "The output folder is not empty.",
                     asked | {"found": shown},
-                    fix="--resume to go on with the run in it" if unfinished else "another folder, or empty this one",
+                    fix="--resume to go on with the run in it"
+                    if unfinished
+                    else "another folder, or empty this one",
                 )
             )
         try:

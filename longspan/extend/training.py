@@ -150,4 +150,3 @@ def _interrupts(stop: _Stop) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-

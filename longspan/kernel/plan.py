@@ -165,7 +165,9 @@ def choose(
     """
     if asked is not None and asked not in KERNELS:
         raise PlanError(
-            message(f"There is no kernel called {asked}.", {"asked": asked}, fix=f"one of {', '.join(KERNELS)}")
+            message(
+                f"There is no kernel called {asked}.", {"asked": asked}, fix=f"one of {', '.join(KERNELS)}"
+            )
         )
     able = [name for name in KERNELS if refusals.get(name) is None]
     refused = tuple((name, why) for name in KERNELS if (why := refusals.get(name)))
@@ -175,7 +177,9 @@ def choose(
             message(
                 f"{problem} can{'not' if asked else ''} run this pattern on these tensors.",
                 {**facts, "refused": [f"{name}  {why}" for name, why in refused]},
-                fix="kernel=None, which takes the first that can" if able else "fewer queries at a time, or tensors that a kernel above takes",
+                fix="kernel=None, which takes the first that can"
+                if able
+                else "fewer queries at a time, or tensors that a kernel above takes",
             )
         )
     return asked or able[0], refused
@@ -206,9 +210,7 @@ def _regular(members: list[int]) -> list[range]:
     ranges = []
     while members:
         step = members[1] - members[0] if len(members) > 1 else 1
-        size = next(
-            (n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members)
-        )
+        size = next((n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members))
         ranges.append(range(members[0], members[size - 1] + 1, step))
         members = members[size:]
     return ranges

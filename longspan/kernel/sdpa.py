@@ -72,7 +72,9 @@ class _Attend(torch.autograd.Function):
         width = query.shape[-1]
         for call in _calls(query, key, groups, lambda part: part.query.places * width):
             q, (k, v) = call.read(query), (call.look_up(side) for side in (key, value))
-            part_output, part_lse = _forward(q, k, v, 0.0, call.part.causal, attn_mask=call.bias(q), scale=scale)
+            part_output, part_lse = _forward(
+                q, k, v, 0.0, call.part.causal, attn_mask=call.bias(q), scale=scale
+            )
             if call.blind is not None:
                 # For a row without a key the kernel answers 0 where minus infinity is meant.
                 part_lse[..., call.blind] = -torch.inf
@@ -190,7 +192,9 @@ class _Call:
     def _view(self, tensor: Tensor, lattice: Lattice, heads: range, inner: range) -> Tensor:
         batch_stride, head_stride, stride, *rest = tensor.stride()
         start = lattice.start + self.outer * lattice.outer + inner.start * lattice.inner
-        offset = tensor.storage_offset() + self.row * batch_stride + heads.start * head_stride + start * stride
+        offset = (
+            tensor.storage_offset() + self.row * batch_stride + heads.start * head_stride + start * stride
+        )
         return tensor.as_strided(
             (len(heads), len(inner), lattice.places, *tensor.shape[3:]),
             (heads.step * head_stride, inner.step * lattice.inner * stride, lattice.step * stride, *rest),

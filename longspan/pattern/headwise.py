@@ -211,7 +211,9 @@ class SDA(Named):
         if self.rows not in ("all", "selected"):
             raise PatternError(
                 message(
-                    'The rows of SDA are "all" or "selected".', {"got": f"rows={self.rows!r}"}, fix='rows="all"'
+                    'The rows of SDA are "all" or "selected".',
+                    {"got": f"rows={self.rows!r}"},
+                    fix='rows="all"',
                 )
             )
 

@@ -105,7 +105,9 @@ class Progression:
         # Across periods only the residue modulo gcd(step, divisor) is known.
         known = np.gcd(self.step, divisor)
         first = self.low % known
-        low = np.where(constant, self.low % divisor, np.where(same_period, self.low - period * divisor, first))
+        low = np.where(
+            constant, self.low % divisor, np.where(same_period, self.low - period * divisor, first)
+        )
         high = np.where(same_period, self.high - period * divisor, divisor - known + first)
         step = np.where(same_period, self.step, known)
         return Progression(low, np.where(constant, low, high), np.where(constant, 0, step))
@@ -137,3 +139,6 @@ class Progression:
 
     def __ne__(self, other: Any) -> Bracket:  # type: ignore[override]
         return ~(self == other)
+
+    # Comparing gives a bracket, so there is no equality that a hash could agree with.
+    __hash__ = None  # type: ignore[assignment]
