@@ -158,6 +158,7 @@ def test_an_id_that_the_hub_does_not_know(monkeypatch):
     def unknown(*_, **__):
         raise OSError("nobody/nothing is not a valid model identifier\n")
 
+    monkeypatch.setattr(loading, "is_offline_mode", lambda: False)
     monkeypatch.setattr(loading, "urlopen", forbidden)
     monkeypatch.setattr(AutoConfig, "from_pretrained", unknown)
     assert (

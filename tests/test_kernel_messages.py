@@ -197,7 +197,7 @@ No kernel can run this pattern on these tensors.
   queries  range(0, 32768)
   refused  sdpa  takes one width for key and value, got 8 and 6
            reference  would need 137.4 GB for the scores, limit is 8 GB
-  try      fewer queries at a time, or a CPU""",
+  try      fewer queries at a time, or tensors that a kernel above takes""",
     ),
     (
         "a dtype that no kernel knows",

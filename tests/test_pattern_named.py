@@ -181,7 +181,7 @@ def check_period(pattern: Pattern) -> None:
 
 
 def test_the_period_changes_no_pair():
-    for pattern, _ in ATOMS + NAMED:
+    for pattern, _ in ATOMS + [pair for pair in NAMED if not getattr(pair[0], "varies", False)]:
         check_period(pattern)
 
 

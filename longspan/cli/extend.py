@@ -46,11 +46,11 @@ def command(
         typer.Option(
             metavar="EXPRESSION",
             help='What each query reads while training, such as "S2(1024)"; the result reads densely.',
-            show_default="the last 3/8 and the first 1/4",
+            show_default="the last 5/16 and the first 1/4",
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="160")
+        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="175")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Windows per step.", show_default="1")

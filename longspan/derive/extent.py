@@ -15,8 +15,12 @@ def extent(
         queries, keys: absolute positions with a positive step.
 
     Raises:
-        ShapeError: a side that is neither given nor follows from `length`; a negative position or step.
+        ShapeError: a side that is neither given nor follows from `length`; a negative length, position or step.
     """
+    if length is not None and length < 0:
+        raise ShapeError(
+            message("A length is 0 tokens or more.", {"asked": f"length={length}"}, fix="length=1024")
+        )
     if length is not None:
         queries = range(length) if queries is None else queries
         keys = range(length) if keys is None else keys

@@ -14,7 +14,7 @@ from longspan.extend.recipe import Recipe
 from longspan.extend.training import Progress, train
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
-from longspan.hf.config import extended, rope_parameters
+from longspan.hf.config import extended
 from longspan.hf.model import load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.text.documents import documents, split
@@ -86,11 +86,7 @@ def stretched(recipe: Recipe) -> PretrainedConfig:
         InputError: the model cannot be stretched so.
     """
     config = load_config(recipe.model)
-    # Refused by the length that was asked for, not by the one with the margin.
-    rope_parameters(config, method=recipe.rope, length=recipe.length)
-    config = extended(config, method=recipe.rope, length=round(recipe.margin * recipe.length))
-    config.max_position_embeddings = recipe.length
-    return config
+    return extended(config, method=recipe.rope, length=recipe.length, margin=recipe.margin)
 
 
 class _Prepared:

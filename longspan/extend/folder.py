@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from longspan.errors import InputError, message
 from longspan.extend.recipe import Recipe
 from longspan.hf.config import write_config
+from longspan.hf.quiet import quiet
 
 
 class OutputFolder:
@@ -81,8 +82,9 @@ class OutputFolder:
     def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Write the plain checkpoint, then drop the state of the training."""
         tokenizer.model_max_length = model.config.max_position_embeddings
-        model.save_pretrained(self.path)
-        tokenizer.save_pretrained(self.path)
+        with quiet():
+            model.save_pretrained(self.path)
+            tokenizer.save_pretrained(self.path)
         write_config(model.config, self.path)
         shutil.rmtree(self.training, ignore_errors=True)
 

@@ -22,9 +22,9 @@ class Recipe:
         length: tokens the model shall read.
         rope: how positions are stretched: "linear", "ntk" or "yarn".
         pattern: what each query reads while training, an expression; the result reads densely. Left empty, the last
-            three eighths and the first quarter of the length.
-        margin: how much further than `length` positions are stretched. A model saw its own longest distances only
-            at the end of its windows, so without a margin it is weakest at the far end of the new ones.
+            five sixteenths and the first quarter of the length.
+        margin: how much further positions are stretched than the lengths ask for, see
+            `longspan.hf.config.rope_parameters`.
         steps: updates of the weights.
         batch: windows per step.
         rate: peak learning rate.
@@ -44,7 +44,7 @@ class Recipe:
     rope: str = "yarn"
     pattern: str = ""
     margin: float = 1.25
-    steps: int = 160
+    steps: int = 175
     batch: int = 1
     rate: float = 1.5e-3
     rank: int = 16
@@ -54,7 +54,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.pattern:
-            recent, first = max(1, 3 * self.length // 8), max(1, self.length // 4)
+            recent, first = max(1, 5 * self.length // 16), max(1, self.length // 4)
             object.__setattr__(self, "pattern", f"Streaming({recent}, sinks={first})")
         for name, least in (("length", 2), ("steps", 1), ("batch", 1), ("rank", 1), ("seed", 0)):
             if getattr(self, name) < least:

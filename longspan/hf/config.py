@@ -25,7 +25,9 @@ _LEGACY_KEYS = {
 }
 
 
-def rope_parameters(config: PretrainedConfig, *, method: str, length: int) -> dict[str, Any]:
+def rope_parameters(
+    config: PretrainedConfig, *, method: str, length: int, margin: float = 1.0
+) -> dict[str, Any]:
     """Return the `rope_parameters` that let a model read `length` positions.
 
     With `s` the new length over the old one, and `D` the rotated dimensions of a head: `linear` divides every
@@ -36,6 +38,8 @@ def rope_parameters(config: PretrainedConfig, *, method: str, length: int) -> di
         config: the configuration of a model that rotates its queries and keys; not changed.
         method: "linear", "ntk" or "yarn".
         length: tokens the model shall read, more than it reads now.
+        margin: by how much the model's own length is taken for shorter than it says, 1 or more. A model saw its
+            longest distances only at the end of its windows, and is weak at the far end of what they become.
 
     Returns:
         A dict with `rope_type`, `rope_theta` and what the type needs, understood by plain transformers.
@@ -75,16 +79,17 @@ def rope_parameters(config: PretrainedConfig, *, method: str, length: int) -> di
             method,
             "how far it was stretched, and from which length, is not certain",
         )
+    trusted = round(length_now / margin)
     if method == "ntk":
-        return now | {"rope_theta": _ntk_theta(config, now, length / length_now)}
-    scaled = now | {"rope_type": method, "factor": length / length_now}
+        return now | {"rope_theta": _ntk_theta(config, now, length / trusted)}
+    scaled = now | {"rope_type": method, "factor": length / trusted}
     if method == "yarn":
         # Without this key transformers silently takes max_position_embeddings, which is the new length.
-        scaled["original_max_position_embeddings"] = length_now
+        scaled["original_max_position_embeddings"] = trusted
     return scaled
 
 
-def extended(config: PretrainedConfig, *, method: str, length: int) -> PretrainedConfig:
+def extended(config: PretrainedConfig, *, method: str, length: int, margin: float = 1.0) -> PretrainedConfig:
     """Return a copy of a configuration whose model reads `length` positions.
 
     A model takes it up when it is built, not later: frequencies are computed once, on loading.
@@ -93,6 +98,7 @@ def extended(config: PretrainedConfig, *, method: str, length: int) -> Pretraine
         config: the configuration to start from; not changed.
         method: "linear", "ntk" or "yarn", see `rope_parameters`.
         length: tokens the model shall read, more than it reads now.
+        margin: see `rope_parameters`.
 
     Returns:
         A configuration of the same class with new `rope_parameters` and `max_position_embeddings`.
@@ -105,7 +111,7 @@ def extended(config: PretrainedConfig, *, method: str, length: int) -> Pretraine
         >>> extended(LlamaConfig(max_position_embeddings=512), method="yarn", length=4096).rope_parameters["factor"]
         8.0
     """
-    parameters = rope_parameters(config, method=method, length=length)
+    parameters = rope_parameters(config, method=method, length=length, margin=margin)
     result = copy.deepcopy(config)
     result.rope_parameters = parameters
     result.max_position_embeddings = length

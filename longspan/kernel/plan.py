@@ -127,7 +127,7 @@ def plan(
           pattern   SlidingWindow(512)
           heads     8, width 64
           queries   0 to 8191 reading keys 0 to 8191
-          pairs     32,507,904, 6.05% of all
+          pairs     32,507,904, 6.06% of all
           computed  40,372,224, 1.24 times the pairs
           flops     8,322,023,424 forward
           kernel    sdpa

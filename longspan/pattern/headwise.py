@@ -32,8 +32,8 @@ class LongNet(Named):
 
     Example:
         >>> LongNet((4, 8), (1, 2)).at_head(1, heads=4)  # doctest: +NORMALIZE_WHITESPACE
-        Causal() & ((Chunk(4) & Every(1, within=4) & Every(1, within=4).T)
-            + (Chunk(8) & Every(2, offset=1, within=8) & Every(2, offset=1, within=8).T))
+        Causal() & (Chunk(4) & Every(1, within=4) & Every(1, within=4).T)
+            + (Chunk(8) & Every(2, offset=1, within=8) & Every(2, offset=1, within=8).T)
 
     References:
         Ding et al., LongNet (arXiv 2307.02486), sections 3.1 to 3.3.
