@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 from tiny import byte_tokenizer, llama
 
-from longspan import cli
 from longspan.cli.lengths import parse_length, parse_lengths
 from longspan.cli.progress import Progress
 from longspan.errors import InputError
@@ -32,24 +31,6 @@ def text(tmp_path):
     file = tmp_path / "novel.txt"
     file.write_text("Some text to read on and on.\n" * 200)
     return str(file)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs the command line: exit code, output, errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "110")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
 
 
 def test_eval_prints_a_table_and_writes_figures_and_curves(run, model, text, tmp_path):

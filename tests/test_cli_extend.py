@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
-
-from longspan import cli
 
 
 @pytest.fixture(scope="module")
@@ -31,24 +27,6 @@ def place(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     return tmp_path
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Return a function that runs the command line: exit code, output, errors."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "110")
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as leaving:
-            code = leaving.code
-        written = capsys.readouterr()
-        return code, written.out, written.err
-
-    return run
 
 
 def refused(problem, *arguments):
