@@ -62,7 +62,6 @@ def bins(
             )
         )
     sides = edges(queries, cells[0]), edges(keys, cells[1])
-    sides = edges(queries, cells[0]), edges(keys, cells[1])
     return sum(
         (_binned(tile, sides[0] - tile.lead, sides[1]) for tile in tiling(pattern, queries, keys)),
         start=np.zeros(cells, dtype=np.int64),

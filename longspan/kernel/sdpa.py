@@ -124,8 +124,7 @@ def _accumulate(
     width = query.shape[-1]
     for call in _calls(query, key, groups, lambda part: (part.query.places + 2 * part.key.places) * width):
         q, (k, v) = call.read(query), (call.look_up(side) for side in (key, value))
-        sides = (call.read(side) for side in (grad_output, output, lse))
-        grad, out, total = sides
+        grad, out, total = (call.read(side) for side in (grad_output, output, lse))
         made = _backward(
             grad, q, k, v, out, total, 0.0, call.part.causal, attn_mask=call.bias(q), scale=scale
         )
