@@ -17,30 +17,22 @@ TESTS = Path(__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # What a part may import besides itself. Imports point down this list only.
+LAYERS = [
+    {"errors"},
+    {"layout", "frequency", "text", "pattern"},
+    {"derive"},
+    {"kernel"},
+    {"attend"},
+    {"rope"},
+    {"cache", "ring"},
+    {"hf"},
+    {"extend", "evaluate"},
+    {"cli"},
+]
 BELOW = {
-    "errors": set(),
-    "layout": {"errors"},
-    "frequency": {"errors"},
-    "text": {"errors"},
-    "pattern": {"errors"},
-    "derive": {"errors", "pattern"},
-    "kernel": {"errors", "pattern", "derive"},
-    "attend": {"errors", "pattern", "derive", "kernel"},
-    "hf": {"errors", "pattern", "derive", "kernel", "attend", "frequency"},
-    "extend": {"errors", "pattern", "derive", "kernel", "attend", "frequency", "text", "hf"},
-    "evaluate": {"errors", "pattern", "derive", "kernel", "attend", "frequency", "text", "hf"},
-    "cli": {
-        "errors",
-        "pattern",
-        "derive",
-        "kernel",
-        "attend",
-        "frequency",
-        "text",
-        "hf",
-        "extend",
-        "evaluate",
-    },
+    part: set().union(*LAYERS[:level])
+    for level, layer in enumerate(LAYERS)
+    for part in layer
 }
 OPTIONAL = {
     "accelerate",
