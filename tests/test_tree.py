@@ -29,11 +29,7 @@ LAYERS = [
     {"extend", "evaluate"},
     {"cli"},
 ]
-BELOW = {
-    part: set().union(*LAYERS[:level])
-    for level, layer in enumerate(LAYERS)
-    for part in layer
-}
+BELOW = {part: set().union(*LAYERS[:level]) for level, layer in enumerate(LAYERS) for part in layer}
 OPTIONAL = {
     "accelerate",
     "datasets",
