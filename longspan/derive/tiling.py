@@ -7,6 +7,7 @@ dense again, and a residue class of a tensor is a strided view, without a copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 
 import numpy as np
 
@@ -55,18 +56,20 @@ def tiling(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) -
     for term in terms(pattern):
         for lead, rows in ((0, queries[: term.lead]), (term.lead, queries[term.lead :])):
             if rows and keys:
-                tiles.append(Tile(term, lead, _cheapest(term, rows, keys, size)))
+                tiles.append(Tile(term, lead, cheapest(term, rows, keys, size=size)))
     return tuple(tiles)
 
 
-def _cheapest(term: Pattern, queries: range, keys: range, size: int) -> Blocks:
-    """Return the blocks in the contiguous layout or by residues, whichever covers fewer pairs."""
-    steps = term.steps
+def cheapest(term: Pattern, queries: range, keys: range, *, size: int = SIZE) -> Blocks:
+    """Return the blocks of a relation in the layout in which they cover the fewest pairs.
+
+    The layouts are the contiguous one, the one by the residues of the term, and the one in which both sides have
+    the same residues, where a diagonal stays one.
+    """
     squares = -(-len(queries) // size) * -(-len(keys) // size)
-    strided_possible = steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS
-    found = []
-    if strided_possible:
-        found.append(blocks(term, queries=queries, keys=keys, size=size, steps=steps))
-    if not strided_possible or squares <= _COMPARABLE:
-        found.append(blocks(term, queries=queries, keys=keys, size=size))
+    layouts = dict.fromkeys([term.steps, (lcm(*term.steps),) * 2])
+    strided = [steps for steps in layouts if steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS]
+    if not strided or squares <= _COMPARABLE:
+        strided.append((1, 1))
+    found = [blocks(term, queries=queries, keys=keys, size=size, steps=steps) for steps in strided]
     return min(found, key=lambda layout: layout.area)

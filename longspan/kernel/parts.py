@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
-from longspan.derive.tiling import SIZE, Tile, tiling
+from longspan.derive.region import Region, regions
+from longspan.derive.terms import terms
+from longspan.derive.tiling import SIZE, Tile, cheapest
 from longspan.kernel.runs import CAUSAL, MASKED, Runs, runs
 from longspan.pattern import Pattern
 
@@ -86,33 +89,45 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     """
     made: list[Part] = []
     touched = np.zeros(len(queries), dtype=bool)
-    for tile in tiling(pattern, queries, keys, size=size):
-        joined = runs(tile)
-        for look in range(int(joined.look.max(initial=-1)) + 1):
-            alike = np.flatnonzero(joined.look == look)
-            for chosen, shape, advances in _lattices(joined.query[alike], joined.key[alike]):
-                made.append(_part(tile, joined, alike[chosen], shape, advances, touched))
+    for term in terms(pattern):
+        for region in regions(term, queries, keys, size=size):
+            tile = Tile(region.term, 0, cheapest(region.term, region.queries, region.keys, size=size))
+            joined = runs(tile)
+            for look in range(int(joined.look.max(initial=-1)) + 1):
+                alike = np.flatnonzero(joined.look == look)
+                query, key = _everywhere(region, joined.query[alike], joined.key[alike])
+                for chosen, shape, advances in _lattices(query, key):
+                    start = (int(query[chosen[0]]), int(key[chosen[0]]))
+                    made.append(_part(tile, joined, alike[0], start, shape, advances, touched))
     return tuple(made)
+
+
+def _everywhere(region: Region, query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the starting points of runs in a region and in all that equal it, as indices in the tensors."""
+    again = np.arange(region.times)[:, None]
+    return (
+        (region.query + again * region.advance[0] + query).ravel(),
+        (region.key + again * region.advance[1] + key).ravel(),
+    )
 
 
 def _part(
     tile: Tile,
     joined: Runs,
-    chosen: np.ndarray,
+    sample: int,
+    start: tuple[int, int],
     shape: tuple[int, int],
     advances: Advances,
     touched: np.ndarray,
 ) -> Part:
-    sample = chosen[0]
-    start = (int(joined.query[sample]), int(joined.key[sample]))
     places = (int(joined.rows[sample]), int(joined.columns[sample]))
-    query = Lattice(start[0] + tile.lead, tile.blocks.query_side.step, places[0], *advances[0])
+    query = Lattice(start[0], tile.blocks.query_side.step, places[0], *advances[0])
     key = Lattice(start[1], tile.blocks.key_side.step, places[1], *advances[1])
     masked = joined.kind[sample] == MASKED
-    allowed = np.array(tile.mask(*start, *places)) if masked else None
-    rows = tile.lead + joined.query[chosen][:, None] + np.arange(places[0]) * query.step
-    fresh = not touched[rows].any()
-    touched[rows] = True
+    allowed = np.array(tile.mask(joined.query[sample], joined.key[sample], *places)) if masked else None
+    rows = as_strided(touched[start[0] :], (*shape, places[0]), (query.outer, query.inner, query.step))
+    fresh = not rows.any()
+    rows[...] = True
     return Part(query, key, shape, allowed, bool(joined.kind[sample] == CAUSAL), fresh)
 
 

@@ -1,0 +1,232 @@
+"""Regions: a term cut where its sinks end and where it repeats, so that each piece is short and simple.
+
+A text of a million tokens holds few different pieces. Beyond its sinks a pattern repeats with its period, and one
+that reads no further than some distance repeats whole strips of queries with their keys. One strip is worked out,
+and where the others lie is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import lcm
+
+import numpy as np
+
+from longspan.pattern import Chunk, Every, Everything, Nothing, Pattern, Prefix, Progression, Sink, Transpose
+
+
+@dataclass(frozen=True)
+class Region:
+    """A rectangle of queries and keys, and equal ones at a regular distance.
+
+    Attributes:
+        term: what the term is inside, in simpler words.
+        query, key: index of the first query and of the first key among all of them.
+        queries, keys: positions.
+        times: how many equal rectangles there are.
+        advance: indices from one to the next, queries and keys.
+    """
+
+    term: Pattern
+    query: int
+    key: int
+    queries: range
+    keys: range
+    times: int = 1
+    advance: tuple[int, int] = (0, 0)
+
+
+def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterator[Region]:
+    """Yield the regions of a relation.
+
+    Law: regions and their repetitions are disjoint and hold every pair of the term.
+
+    Args:
+        term: a relation, as `terms` returns it.
+        queries, keys: positions.
+        size: places on a side of the blocks that regions are going to be cut into.
+    """
+    query_edges, key_edges = _edges(term)
+    for first, last in _cuts(queries, query_edges):
+        for begin, end in _cuts(keys, key_edges):
+            rows, columns = queries[first:last], keys[begin:end]
+            simple = _beyond_sinks(term, rows, columns)
+            # Queries set apart so that the residue classes of both sides begin side by side.
+            lead = (term.lead - (rows.start - columns.start)) % simple.steps[0]
+            for part in (slice(0, lead), slice(lead, None)):
+                if rows[part]:
+                    whole = Region(simple, first + (part.start or 0), begin, rows[part], columns)
+                    yield from map(_inside_chunks, filter(_holds_pairs, _repeated(whole, size)))
+
+
+def _edges(term: Pattern, *, turned: bool = False) -> tuple[set[int], set[int]]:
+    """Return the positions of queries and of keys from which on a sink or prefix says nothing new."""
+    if isinstance(term, Prefix):
+        return {term.size}, {term.size}
+    if isinstance(term, Sink):
+        return ({term.size}, set()) if turned else (set(), {term.size})
+    turned ^= isinstance(term, Transpose)
+    both = [_edges(part, turned=turned) for part in term.operands]
+    return set().union(*(q for q, _ in both)), set().union(*(k for _, k in both))
+
+
+def _cuts(positions: range, edges: set[int]) -> Iterator[tuple[int, int]]:
+    """Yield the indices between which a range is cut at some positions."""
+    at = {-(-(edge - positions.start) // positions.step) for edge in edges}
+    inside = sorted(index for index in at if 0 < index < len(positions))
+    if positions:
+        yield from pairwise([0, *inside, len(positions)])
+
+
+def _beyond_sinks(term: Pattern, queries: range, keys: range) -> Pattern:
+    """Return the term with every sink and prefix replaced by what it says of all these pairs."""
+    if isinstance(term, Sink | Prefix):
+        count = term.count(Progression.of(queries), Progression.of(keys))
+        return Everything() if count.full.all() else Nothing()
+    if isinstance(term, Transpose):
+        return _beyond_sinks(term.part, keys, queries).T
+    return term.rebuilt(tuple(_beyond_sinks(part, queries, keys) for part in term.operands))
+
+
+def _inside_chunks(region: Region) -> Region:
+    """Return the region with `Every` counting from the beginning of the text where it lies in one chunk."""
+    return Region(
+        _plain_residues(region.term, region.queries, region.keys),
+        region.query,
+        region.key,
+        region.queries,
+        region.keys,
+        region.times,
+        region.advance,
+    )
+
+
+def _plain_residues(term: Pattern, queries: range, keys: range) -> Pattern:
+    if isinstance(term, Every) and term.within:
+        chunk = keys[0] // term.within
+        if chunk == keys[-1] // term.within:
+            return Every(term.step, offset=(chunk * term.within + term.offset) % term.step)
+    if isinstance(term, Transpose):
+        return _plain_residues(term.part, keys, queries).T
+    return term.rebuilt(tuple(_plain_residues(part, queries, keys) for part in term.operands))
+
+
+def _holds_pairs(region: Region) -> bool:
+    count = region.term.count(Progression.of(region.queries), Progression.of(region.keys))
+    return not count.empty.all()
+
+
+def _repeated(whole: Region, size: int) -> Iterator[Region]:
+    """Cut a region into what comes before its strips, one strip for all, and what comes after."""
+    period = whole.term.period
+    if period is None:
+        yield whole
+        return
+    unit = lcm(period, whole.queries.step, whole.keys.step)
+    # Strips that are whole chunks need nothing but themselves, or another chunk.
+    found = [_strips(whole, unit, phase) for phase in _phases(whole.term)] if unit >= size else []
+    chunks = min((strips for strips in found if strips), key=lambda strips: strips.around, default=None)
+    if chunks is not None and chunks.around <= 1:
+        yield from chunks.cut(cells=True)
+        return
+    grid = (size * step * side.step for step, side in zip(whole.term.steps, (whole.queries, whole.keys), strict=True))
+    strips = _strips(whole, lcm(unit, *grid), whole.queries.start)
+    if strips is None:
+        yield whole
+    else:
+        yield from strips.cut(cells=False)
+
+
+def _phases(term: Pattern) -> set[int]:
+    """Return where chunks may begin."""
+    own = {term.offset} if isinstance(term, Chunk) else {0}
+    return own.union(*map(_phases, term.operands))
+
+
+@dataclass(frozen=True)
+class _Strips:
+    """How a region is cut: strip `i` has `rows` queries from `row + i * rows` on and reads a window of keys.
+
+    The window of strip `i` begins `before` cells of `columns` keys before the key `column + i * columns`, and ends
+    `after` cells after the cell that begins there.
+    """
+
+    whole: Region
+    row: int
+    rows: int
+    column: int
+    columns: int
+    before: int
+    after: int
+    first: int
+    last: int
+
+    @property
+    def around(self) -> int:
+        return self.before + self.after
+
+    def cut(self, *, cells: bool) -> Iterator[Region]:
+        """Yield the regions: before the strips, the strip (cell by cell, or in one), and after the strips."""
+        start, stop = self.row + self.first * self.rows, self.row + self.last * self.rows
+        begin = self.column + (self.first - self.before) * self.columns
+        wide = self.around + 1
+        yield from self._region(0, start, 0, self.column + (self.first + self.after) * self.columns)
+        for cell in range(wide) if cells else [0]:
+            left = begin + cell * self.columns
+            right = left + self.columns * (1 if cells else wide)
+            yield from self._region(start, start + self.rows, left, right, self.last - self.first)
+        yield from self._region(
+            stop, len(self.whole.queries), self.column + (self.last - self.before) * self.columns, len(self.whole.keys)
+        )
+
+    def _region(self, first: int, last: int, begin: int, end: int, times: int = 1) -> Iterator[Region]:
+        rows, columns = self.whole.queries[first:last], self.whole.keys[max(0, begin) : end]
+        if rows and columns:
+            yield Region(
+                self.whole.term,
+                self.whole.query + first,
+                self.whole.key + max(0, begin),
+                rows,
+                columns,
+                times,
+                (self.rows, self.columns) if times > 1 else (0, 0),
+            )
+
+
+def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
+    """Return strips of `unit` positions that begin at `phase`, or None where fewer than two of them are equal."""
+    queries, keys = whole.queries, whole.keys
+    rows, columns = unit // queries.step, unit // keys.step
+    row = -(-((phase - queries.start) % unit) // queries.step)
+    strips = (len(queries) - row) // rows
+    if strips < 2:
+        return None
+    start = queries.start + row * queries.step
+    column = min(len(keys), max(0, -(-(start - whole.term.lead - keys.start) // keys.step)))
+    # What holds for the strip after the last one, and for the first one up to a strip past the end, holds for all.
+    ending = Progression.of(range(start + strips * unit, start + (strips + 1) * unit, queries.step))
+    ends = column + np.arange(strips + 1) * columns
+    left = _reads_nothing(whole.term, ending, keys, np.zeros_like(ends), ends)
+    beginning = Progression.of(range(start, start + unit, queries.step))
+    right = _reads_nothing(whole.term, beginning, keys, ends[1:], np.full(strips, len(keys) + columns))
+    if not left.any() or not right.any():
+        return None
+    before, after = int(left[::-1].argmax()), int(right.argmax())
+    first = max(0, -(-(before * columns - column) // columns))
+    last = min(strips, (len(keys) - column) // columns - after)
+    if last - first < 2:
+        return None
+    return _Strips(whole, row, rows, column, columns, before, after, first, last)
+
+
+def _reads_nothing(
+    term: Pattern, rows: Progression, keys: range, begins: np.ndarray, ends: np.ndarray
+) -> np.ndarray:
+    """Say for ranges of key indices whether it is proven that rows read none of them."""
+    some = ends > begins
+    low = keys.start + begins * keys.step
+    high = np.where(some, keys.start + (ends - 1) * keys.step, low)
+    columns = Progression(low, high, np.where(high > low, keys.step, 0))
+    return np.broadcast_to(term.count(rows, columns).empty, some.shape) | ~some
