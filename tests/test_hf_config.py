@@ -57,6 +57,8 @@ def frequencies(theta, width, method, factor, original):
         return [frequency / factor for frequency in plain]
     if method == "ntk":
         return plain
+    if method == "llama3":
+        return [parted(frequency, factor, original / (2 * math.pi) * frequency) for frequency in plain]
 
     def dimension(turns):
         return width * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -70,6 +72,12 @@ def frequencies(theta, width, method, factor, original):
         slow = min(max((d - low) / (high - low), 0), 1)
         result.append(frequency * (1 - slow) + frequency / factor * slow)
     return result
+
+
+def parted(frequency, factor, turns):
+    """Llama 3's frequency of a pair that makes so many turns within the trained length."""
+    kept = min(max((turns - 1) / (4 - 1), 0), 1)
+    return (1 - kept) * frequency / factor + kept * frequency
 
 
 def saved_and_loaded(config, folder):
@@ -170,6 +178,26 @@ def test_yarn_on_yarn_counts_from_the_trained_length():
     assert twice.rope_parameters == extended(llama(), method="yarn", length=4096).rope_parameters
 
 
+def test_llama3_on_llama3_counts_from_the_trained_length():
+    once = extended(llama(), method="llama3", length=2048)
+    twice = extended(once, method="llama3", length=4096)
+    assert twice.rope_parameters == extended(llama(), method="llama3", length=4096).rope_parameters
+
+
+def test_llama3_keeps_what_it_stretched_more_than_its_length():
+    # As Llama 3.2: its length is 4 times the trained one, its slow pairs turn 16 times slower.
+    parameters = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 16.0}
+    parameters |= {
+        "original_max_position_embeddings": 512,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    config = llama(max_position_embeddings=2048, rope_parameters=dict(parameters))
+    longer = extended(config, method="llama3", length=8192)
+    assert longer.rope_parameters == parameters | {"factor": 64.0}
+    assert longer.max_position_embeddings == 8192
+
+
 def test_ntk_on_ntk_is_ntk_at_once():
     twice = extended(extended(llama(), method="ntk", length=2048), method="ntk", length=4096)
     at_once = rope_parameters(llama(), method="ntk", length=4096)
@@ -201,7 +229,7 @@ REFUSALS = {
         4096,
         """No RoPE scaling has this name.
   asked  yarm
-  try    linear, ntk, yarn""",
+  try    linear, ntk, yarn, llama3""",
     ),
     "dynamic": (
         llama(),
@@ -212,7 +240,7 @@ REFUSALS = {
   why    its frequencies change with the length of the text, so keys already in a cache keep
          frequencies that no longer hold; it also turns itself off when max_position_embeddings
          says the new length
-  try    linear, ntk, yarn""",
+  try    linear, ntk, yarn, llama3""",
     ),
     "shorter": (
         llama(),
@@ -261,6 +289,16 @@ REFUSALS = {
   why    two kinds of scaling do not add up to one that a config can say
   try    start from the checkpoint before it was scaled, and go to the full length at once""",
     ),
+    "yarn on llama3": (
+        scaled("llama3", original_max_position_embeddings=512, low_freq_factor=1.0, high_freq_factor=4.0),
+        "yarn",
+        4096,
+        """This model's positions are scaled already, and cannot be scaled again in this way.
+  asked  yarn
+  model  llama3 with factor 4.0
+  why    two kinds of scaling do not add up to one that a config can say
+  try    start from the checkpoint before it was scaled, and go to the full length at once""",
+    ),
     "yarn with a temperature": (
         scaled("yarn", original_max_position_embeddings=512, attention_factor=1.1),
         "yarn",
@@ -295,9 +333,9 @@ REFUSALS = {
         llama(head_dim=2),
         "ntk",
         4096,
-        """NTK scaling needs heads with more than one pair of rotated dimensions.
-  model  rotates 2 dimensions of each head
-  try    linear""",
+        """NTK scaling needs heads with more than one pair of turned numbers.
+  head  2 numbers wide, 2 of them turned
+  try   linear scaling, which presses positions together""",
     ),
 }
 

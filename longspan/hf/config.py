@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from longspan.errors import InputError, message
+from longspan.errors import InputError, ShapeError, message
+from longspan.frequency import NTK, Frequency, Linear, Llama3, YaRN
+from longspan.hf.rope import KEYS, both_styles, from_config, parameters_of, positions, to_parameters
 
-METHODS = ("linear", "ntk", "yarn")
-
-# Keys of a YaRN configuration that say how it was trained, and so stay when it is stretched further.
-_YARN_SHAPE = ("beta_fast", "beta_slow", "truncate")
 # Keys of a YaRN configuration whose value was chosen for one factor, and is wrong for another.
 _YARN_TEMPERATURE = ("attention_factor", "mscale", "mscale_all_dim")
-# Where transformers before version 5 kept theta and the share of rotated dimensions, by model type.
-_LEGACY_KEYS = {
-    "gpt_neox": ("rotary_emb_base", "rotary_pct"),
-    "gpt_neox_japanese": ("rotary_emb_base", "rotary_pct"),
+# Each method with the frequency for a stretch, a trained length and what else is known of the plain one.
+_METHODS: dict[str, Callable[[float, int, dict[str, float]], Frequency]] = {
+    "linear": lambda factor, trained, plain: Linear(factor, **plain),
+    "ntk": lambda factor, trained, plain: NTK(factor, **plain),
+    "yarn": lambda factor, trained, plain: YaRN(factor, original=trained, **plain),
+    "llama3": lambda factor, trained, plain: Llama3(factor, original=trained, **plain),
 }
+METHODS = tuple(_METHODS)
 
 
 def rope_parameters(
@@ -30,13 +33,17 @@ def rope_parameters(
 ) -> dict[str, Any]:
     """Return the `rope_parameters` that let a model read `length` positions.
 
-    With `s` the new length over the old one, and `D` the rotated dimensions of a head: `linear` divides every
-    position by `s`; `ntk` raises theta to `theta * s ** (D / (D - 2))`; `yarn` divides the slow frequencies
-    by `s`, keeps the fast ones, and sharpens the scores by a temperature that the reader computes from `s`.
+    With `s` the new length over the old one: `linear` divides every position by `s`; `ntk` raises theta; `yarn` and
+    `llama3` divide the slow frequencies by `s` and keep the fast ones, and `yarn` sharpens the scores by a
+    temperature that the reader computes from `s`. The frequencies are `Linear`, `NTK`, `YaRN` and `Llama3` of
+    `longspan.frequency`.
+
+    A model that was stretched before by `yarn` or `llama3` is stretched further by the same, counted from the length
+    that it was trained at; `ntk` leaves a plain model, which any method takes.
 
     Args:
         config: the configuration of a model that rotates its queries and keys; not changed.
-        method: "linear", "ntk" or "yarn".
+        method: "linear", "ntk", "yarn" or "llama3".
         length: tokens the model shall read, more than it reads now.
         margin: by how much the model's own length is taken for shorter than it says, 1 or more. A model saw its
             longest distances only at the end of its windows, and is weak at the far end of what they become.
@@ -45,7 +52,7 @@ def rope_parameters(
         A dict with `rope_type`, `rope_theta` and what the type needs, understood by plain transformers.
 
     Raises:
-        InputError: the method is not one of the three, the length is not larger, or the model has no RoPE, one
+        InputError: the method is not one of the four, the length is not larger, or the model has no RoPE, one
             RoPE per kind of layer, or a scaling that the method cannot be put on top of.
 
     Example:
@@ -58,7 +65,7 @@ def rope_parameters(
         Position interpolation: arXiv 2306.15595. YaRN and NTK-aware: arXiv 2309.00071, sections 3.1 and 3.4.
     """
     _check_method(method)
-    now = _rotation(config)
+    now = parameters_of(config)
     length_now = _length(config, now)
     if length <= length_now:
         raise InputError(
@@ -71,22 +78,16 @@ def rope_parameters(
                 fix=f"a length of more than {length_now}",
             )
         )
-    if now["rope_type"] == "yarn":
-        return _longer_yarn(now, method, length)
-    if now["rope_type"] != "default":
-        raise _already_scaled(
-            now,
-            method,
-            "how far it was stretched, and from which length, is not certain",
-        )
-    trusted = round(length_now / margin)
-    if method == "ntk":
-        return now | {"rope_theta": _ntk_theta(config, now, length / trusted)}
-    scaled = now | {"rope_type": method, "factor": length / trusted}
+    if now["rope_type"] == "default":
+        trusted = round(length_now / margin)
+        plain = {"theta": now["rope_theta"], "share": now.get("partial_rotary_factor", 1.0)}
+        return _said(_METHODS[method](length / trusted, trusted, plain), now, config, method)
+    _check_goes_on(now, method)
+    frequency = from_config(config)
     if method == "yarn":
-        # Without this key transformers silently takes max_position_embeddings, which is the new length.
-        scaled["original_max_position_embeddings"] = trusted
-    return scaled
+        return _said(replace(frequency, factor=length / frequency.original), now, config, method)
+    # How far its pairs were stretched need not be how far its length was.
+    return _said(replace(frequency, factor=frequency.factor * length / length_now), now, config, method)
 
 
 def extended(config: PretrainedConfig, *, method: str, length: int, margin: float = 1.0) -> PretrainedConfig:
@@ -112,11 +113,38 @@ def extended(config: PretrainedConfig, *, method: str, length: int, margin: floa
         8.0
     """
     parameters = rope_parameters(config, method=method, length=length, margin=margin)
-    result = copy.deepcopy(config)
-    result.rope_parameters = parameters
-    result.max_position_embeddings = length
-    _check_accepted(result, method)
-    return result
+    return _with(config, parameters, length, method)
+
+
+def with_frequency(config: PretrainedConfig, frequency: Frequency, *, length: int) -> PretrainedConfig:
+    """Return a copy of a configuration whose model turns its queries and keys by these frequencies.
+
+    What the model did before does not count: the frequency says all, theta and share included.
+
+    Args:
+        config: the configuration of a model with RoPE; not changed.
+        frequency: any that `to_config` of `longspan.hf.rope` can write.
+        length: tokens the model shall read.
+
+    Returns:
+        A configuration of the same class, which `write_config` saves for old and new readers.
+
+    Raises:
+        InputError: the model has no RoPE or several, no key says the frequency, or the class refuses it.
+        ShapeError: a head that the frequency cannot turn.
+
+    Example:
+        >>> from longspan.frequency import Llama3
+        >>> from transformers import LlamaConfig
+        >>> found = with_frequency(LlamaConfig(), Llama3(original=2048), length=16384)
+        >>> found.rope_parameters["rope_type"], found.max_position_embeddings
+        ('llama3', 16384)
+    """
+    now = parameters_of(config)
+    written = to_parameters(frequency, width=_width(config))
+    if "partial_rotary_factor" in now:
+        written["partial_rotary_factor"] = frequency.share
+    return _with(config, written, positions(frequency, length), written["rope_type"])
 
 
 def write_config(config: PretrainedConfig, folder: str | Path) -> Path:
@@ -144,16 +172,7 @@ def write_config(config: PretrainedConfig, folder: str | Path) -> Path:
     path = Path(folder) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     keys = json.loads(config.to_json_string())
-    parameters = _rotation(config)
-    theta_key, share_key = _LEGACY_KEYS.get(config.model_type, ("rope_theta", "partial_rotary_factor"))
-    keys[theta_key] = parameters["rope_theta"]
-    if "partial_rotary_factor" in parameters:
-        keys[share_key] = parameters["partial_rotary_factor"]
-    if parameters["rope_type"] != "default":
-        elsewhere = ("rope_theta", "partial_rotary_factor")
-        scaling = {key: value for key, value in parameters.items() if key not in elsewhere}
-        keys["rope_scaling"] = scaling | {"type": parameters["rope_type"]}
-    keys["rope_parameters"] = parameters
+    keys |= both_styles(parameters_of(config), config.model_type)
     path.write_text(json.dumps(keys, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return path
 
@@ -207,31 +226,6 @@ def _check_accepted(config: PretrainedConfig, method: str) -> None:
         )
 
 
-def _rotation(config: PretrainedConfig) -> dict[str, Any]:
-    """Return the model's one set of RoPE parameters, without the old spelling of its type."""
-    parameters = getattr(config, "rope_parameters", None)
-    model = {"model": config.model_type}
-    if not parameters:
-        raise InputError(
-            message(
-                "This model has no RoPE to scale.",
-                model
-                | {"why": "its configuration has no rope_parameters: positions enter it in another way"},
-                fix="a model with rotary positions, such as Llama, Mistral, Qwen or Gemma",
-            )
-        )
-    if "rope_type" not in parameters:
-        kinds = ", ".join(sorted(parameters))
-        raise InputError(
-            message(
-                "This model has one RoPE per kind of layer, which is not scaled yet.",
-                model | {"found": kinds},
-                fix="a model whose layers share one RoPE, such as Llama, Mistral, Qwen or Gemma 2",
-            )
-        )
-    return {key: value for key, value in parameters.items() if key != "type"}
-
-
 def _length(config: PretrainedConfig, now: dict[str, Any]) -> int:
     """Return how many tokens the model reads as it is configured."""
     length = getattr(config, "max_position_embeddings", None)
@@ -252,25 +246,42 @@ def _length(config: PretrainedConfig, now: dict[str, Any]) -> int:
     return length
 
 
-def _longer_yarn(now: dict[str, Any], method: str, length: int) -> dict[str, Any]:
-    """Stretch YaRN further: its factor is counted from the trained length, which it carries with it."""
-    if method != "yarn":
-        raise _already_scaled(
-            now,
-            method,
-            "two kinds of scaling do not add up to one that a config can say",
-        )
+def _check_goes_on(now: dict[str, Any], method: str) -> None:
+    """Check that a method can stretch further what is stretched already."""
+    if now["rope_type"] not in ("yarn", "llama3"):
+        raise _already_scaled(now, method, "how far it was stretched, and from which length, is not certain")
+    if method != now["rope_type"]:
+        raise _already_scaled(now, method, "two kinds of scaling do not add up to one that a config can say")
     fixed = [key for key in _YARN_TEMPERATURE if now.get(key) is not None]
     if fixed:
         raise _already_scaled(now, method, f"its {', '.join(fixed)} was chosen for that factor alone")
-    original = now["original_max_position_embeddings"]
-    kept = {key: now[key] for key in (*_YARN_SHAPE, "partial_rotary_factor") if now.get(key) is not None}
-    return kept | {
-        "rope_theta": now["rope_theta"],
-        "rope_type": "yarn",
-        "factor": length / original,
-        "original_max_position_embeddings": original,
-    }
+
+
+def _said(frequency: Frequency, now: dict[str, Any], config: PretrainedConfig, method: str) -> dict[str, Any]:
+    """Return the parameters of a frequency, and those of the model's own that are none of its business."""
+    try:
+        written = to_parameters(frequency, width=_width(config))
+    except ShapeError as error:
+        raise InputError(str(error)) from error
+    kept = {key: value for key, value in now.items() if key not in KEYS}
+    return kept | written
+
+
+def _with(config: PretrainedConfig, parameters: dict[str, Any], length: int, method: str) -> PretrainedConfig:
+    result = copy.deepcopy(config)
+    result.rope_parameters = parameters
+    result.max_position_embeddings = length
+    if "original_max_position_embeddings" in parameters and hasattr(
+        result, "original_max_position_embeddings"
+    ):
+        # Phi-3 keeps it here as well, and transformers prefers it.
+        result.original_max_position_embeddings = parameters["original_max_position_embeddings"]
+    _check_accepted(result, method)
+    return result
+
+
+def _width(config: PretrainedConfig) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _already_scaled(now: dict[str, Any], method: str, reason: str) -> InputError:
@@ -283,17 +294,3 @@ def _already_scaled(now: dict[str, Any], method: str, reason: str) -> InputError
             fix="start from the checkpoint before it was scaled, and go to the full length at once",
         )
     )
-
-
-def _ntk_theta(config: PretrainedConfig, now: dict[str, Any], factor: float) -> float:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    rotated = int(head * now.get("partial_rotary_factor", 1.0))
-    if rotated <= 2:
-        raise InputError(
-            message(
-                "NTK scaling needs heads with more than one pair of rotated dimensions.",
-                {"model": f"rotates {rotated} dimensions of each head"},
-                fix="linear",
-            )
-        )
-    return now["rope_theta"] * factor ** (rotated / (rotated - 2))
