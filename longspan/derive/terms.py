@@ -11,7 +11,7 @@ from functools import reduce
 from itertools import product
 from operator import and_
 
-from longspan.pattern import Intersection, Pattern, Sum, Transpose, Union
+from longspan.pattern import Intersection, Nothing, Pattern, Sum, Transpose, Union, simplify
 
 
 def terms(pattern: Pattern) -> tuple[Pattern, ...]:
@@ -27,16 +27,21 @@ def terms(pattern: Pattern) -> tuple[Pattern, ...]:
         >>> terms(Causal() & (Window(4) | Dilated(8)))
         (Causal() & Window(4), Causal() & Dilated(8) & ~Window(4))
     """
+    cut = (simplify(term) for term in _cut(simplify(pattern)))
+    return tuple(term for term in cut if term != Nothing())
+
+
+def _cut(pattern: Pattern) -> tuple[Pattern, ...]:
     if isinstance(pattern, Sum):
-        return tuple(term for part in pattern.parts for term in terms(part))
+        return tuple(term for part in pattern.parts for term in _cut(part))
     if isinstance(pattern, Transpose):
-        return tuple(term.T for term in terms(pattern.part))
+        return tuple(term.T for term in _cut(pattern.part))
     if isinstance(pattern, Intersection):
-        return tuple(reduce(and_, choice) for choice in product(*map(terms, pattern.parts)))
+        return tuple(reduce(and_, choice) for choice in product(*map(_cut, pattern.parts)))
     if isinstance(pattern, Union) and _worth_cutting(pattern):
         # Parts that repeat come first: what they leave over of the others is small.
         ordered = sorted(pattern.parts, key=lambda part: part.period is None)
-        cut = [term for part in ordered for term in terms(part)]
+        cut = [term for part in ordered for term in _cut(part)]
         return tuple(reduce(lambda kept, before: kept - before, cut[:n], term) for n, term in enumerate(cut))
     return (pattern,)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from longspan.errors import PatternError, message
 from longspan.pattern.base import Pattern, Positions, Verdict
+from longspan.pattern.progression import Progression
 
 
 def check_size(pattern: Pattern, name: str, *, least: int = 1) -> None:
@@ -21,12 +24,33 @@ def check_size(pattern: Pattern, name: str, *, least: int = 1) -> None:
         )
 
 
+def check_sizes(pattern: Pattern, name: str) -> tuple[int, ...]:
+    """Return a field of a pattern as a tuple; raise PatternError unless it lists positive integers."""
+    given = getattr(pattern, name)
+    sizes = tuple(given) if isinstance(given, (list, tuple)) else ()
+    if not sizes or not all(type(size) is int and size > 0 for size in sizes):
+        raise PatternError(
+            message(
+                f"{type(pattern).__name__} takes a list of positive integers for `{name}`.",
+                {"got": f"{name}={given!r}"},
+                fix=f"{name}=(2048, 4096)",
+            )
+        )
+    return sizes
+
+
 class Atom(Pattern):
     """A pattern with a formula of its own and no operands."""
 
     @property
     def period(self) -> int | None:
         return 1
+
+    def facts(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        if self.period is None:
+            return (q.low, k.low)
+        # A shift by the period changes no pair, so distance and phase decide what a rectangle holds.
+        return (q.low - k.low, q.low % self.period)
 
 
 @dataclass(frozen=True, repr=False)
@@ -183,12 +207,11 @@ class Chunk(Atom):
 
 @dataclass(frozen=True, repr=False)
 class Every(Atom):
-    """Each query reads the keys of one residue class: `k mod step == offset`.
+    """Each query reads every `step`-th key, or a run of keys at every `step`-th: `(k - offset) mod step < run`.
 
-        # . # .        Every(2)
-        # . # .
-        # . # .
-        # . # .
+        # . # .        Every(2)        . # # . # #        Every(3, offset=1, run=2)
+        # . # .                        . # # . # #
+        # . # .                        . # # . # #
 
     `Every(step).T` is the same for queries: only every `step`-th query reads, and it reads everything.
 
@@ -196,9 +219,10 @@ class Every(Atom):
         step: distance between two keys that are read, in tokens, at least 1.
         offset: the first of them, 0 to `step - 1`.
         within: count positions anew in every chunk of this many tokens; 0 counts from the beginning of the text.
+        run: how many neighbouring keys are read at each place, in tokens, 1 to `step - offset`.
 
     Raises:
-        PatternError: a step that is no positive integer, an offset or `within` outside its range.
+        PatternError: a step that is no positive integer, an offset, `within` or `run` outside its range.
 
     Example:
         >>> import torch
@@ -209,18 +233,33 @@ class Every(Atom):
     step: int
     offset: int = field(default=0, kw_only=True)
     within: int = field(default=0, kw_only=True)
+    run: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         check_size(self, "step")
         check_size(self, "within", least=0)
+        check_size(self, "run")
         _check_residue(self, self.offset, self.step)
+        if self.offset + self.run > self.step:
+            raise PatternError(
+                message(
+                    "A run of Every ends before the next one may begin.",
+                    {"got": f"offset={self.offset}, run={self.run} with step {self.step}"},
+                    fix=f"run={self.step - self.offset}, or a larger step",
+                )
+            )
 
     def contains(self, q: Positions, k: Positions) -> Verdict:
-        place = k % self.within if self.within else k
-        return place % self.step == self.offset
+        place = (k % self.within if self.within else k) % self.step
+        if self.run == 1:
+            return place == self.offset
+        return (place >= self.offset) & (place < self.offset + self.run)
+
+    def facts(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        return (k.low % self.period,)
 
     @property
-    def period(self) -> int | None:
+    def period(self) -> int:
         return self.within or self.step
 
     @property
@@ -264,6 +303,9 @@ class Sink(Atom):
     @property
     def period(self) -> int | None:
         return None
+
+    def facts(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        return (k.low,)
 
 
 @dataclass(frozen=True, repr=False)

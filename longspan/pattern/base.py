@@ -14,7 +14,10 @@ from functools import reduce
 from operator import add, and_, mul, or_
 from typing import Any, ClassVar
 
+import numpy as np
+
 from longspan.errors import PatternError, message
+from longspan.pattern.progression import Progression
 
 # What a formula takes (integer tensors, arrays or progressions) and gives (bool tensors, arrays or brackets).
 Positions = Any
@@ -67,6 +70,28 @@ class Pattern:
         """A shift of query and key together that changes no pair, or None where there is none."""
         periods = [part.period for part in self.operands]
         return None if None in periods else math.lcm(*(p for p in periods if p))
+
+    def signature(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        """Return numbers that tell rectangles of pairs apart by what they hold.
+
+        Law: two rectangles of equally many places and equal steps on both sides, read in one call, whose numbers are
+        all equal hold the same pairs, each at the same place. The reverse need not hold.
+
+        Args:
+            q, k: the queries and keys of many rectangles.
+
+        Returns:
+            int64 arrays, one entry per rectangle.
+        """
+        verdict = self.contains(q, k)
+        decided = verdict.empty | verdict.full
+        # Proven empty or full says it all, wherever the rectangle lies.
+        facts = (np.where(decided, 0, fact) for fact in self.facts(q, k))
+        return (verdict.low + verdict.high, *facts)
+
+    def facts(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        """Return the numbers of `signature` for rectangles that are neither empty nor full."""
+        return tuple(fact for part in self.operands for fact in part.signature(q, k))
 
     @property
     def steps(self) -> tuple[int, int]:
@@ -240,6 +265,9 @@ class Transpose(Pattern):
 
     def count(self, q: Positions, k: Positions) -> Counts:
         return self.part.count(k, q)
+
+    def facts(self, q: Progression, k: Progression) -> tuple[np.ndarray, ...]:
+        return self.part.facts(k, q)
 
     @property
     def operands(self) -> tuple[Pattern, ...]:

@@ -6,9 +6,10 @@ import ast
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 
 from longspan.errors import PatternError, message
-from longspan.pattern import atoms, headwise, named
+from longspan.pattern import atoms, bigbird, choice, headwise, listing, named, neighborhood, shifted, sparse
 from longspan.pattern.base import Pattern, PerHead
 
 _OPERATORS: dict[type, Callable[[Pattern, Pattern], Pattern]] = {
@@ -18,11 +19,15 @@ _OPERATORS: dict[type, Callable[[Pattern, Pattern], Pattern]] = {
     ast.Sub: lambda a, b: a - b,
 }
 
+_MODULES = (atoms, listing, choice, named, headwise, shifted, sparse, bigbird, neighborhood)
+
 PATTERNS: Mapping[str, type[Pattern]] = {
     kind.__name__: kind
-    for module, base in ((atoms, atoms.Atom), (named, named.Named), (headwise, named.Named))
+    for module in _MODULES
     for kind in vars(module).values()
-    if isinstance(kind, type) and issubclass(kind, base) and kind is not base
+    # Their bases have no fields of their own and are no patterns.
+    if isinstance(kind, type) and issubclass(kind, Pattern) and kind.__module__ == module.__name__
+    if is_dataclass(kind)
 } | {"PerHead": PerHead}
 
 

@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 
 from longspan.errors import PatternError, message
-from longspan.pattern.atoms import Chunk, Dilated, Every, Sink, check_size
+from longspan.pattern.atoms import Chunk, Every, Sink, check_size, check_sizes
 from longspan.pattern.base import Pattern, PerHead
-from longspan.pattern.named import Named, direction
+from longspan.pattern.named import Named, check_choice, direction
 
 
 @dataclass(frozen=True, repr=False)
 class LongNet(Named):
     """Each query reads its segment, thinned the more the longer the segment, as a mixture of branches.
 
-    Law: branch (w, r) keeps the tokens of each segment of `w` whose place in it is `h mod r` modulo `r` on head
-    `h`, and lets them read each other. Branches add: a pair in two branches counts twice, which is the paper's
+    Law: branch (w, r) keeps the tokens of each segment of `w` whose place in it is `s` modulo `r`, and lets them read
+    each other. Head `h` of `H` has `s = h mod r` in the paper, and `s = h div ceil(H / r)` in torchscale, where
+    neighbouring heads keep the same tokens. Branches add: a pair in two branches counts twice, which is the paper's
     weighing of branches by their softmax denominators.
 
     Args:
         segments: length of the segments of each branch in tokens, the paper's `w`.
         dilations: distance between kept tokens of each branch, the paper's `r`; the first is 1 in the paper,
             so that every token reads something.
+        offset: "paper" or "torchscale", which tokens a head keeps; weights trained by torchscale need the second.
         causal: True keeps the keys up to the query.
 
     Raises:
-        PatternError: lists of different lengths, or sizes that are no positive integers.
+        PatternError: lists of different lengths, sizes that are no positive integers, an unknown offset.
 
     Example:
         >>> LongNet((4, 8), (1, 2)).at_head(1, heads=4)  # doctest: +NORMALIZE_WHITESPACE
@@ -41,13 +42,15 @@ class LongNet(Named):
 
     segments: tuple[int, ...] = (2048, 4096, 8192, 16384, 32768)
     dilations: tuple[int, ...] = (1, 2, 4, 6, 12)
+    offset: str = field(default="paper", kw_only=True)
     causal: bool = field(default=True, kw_only=True)
 
     varies = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "segments", _sizes(self, "segments", self.segments))
-        object.__setattr__(self, "dilations", _sizes(self, "dilations", self.dilations))
+        object.__setattr__(self, "segments", check_sizes(self, "segments"))
+        object.__setattr__(self, "dilations", check_sizes(self, "dilations"))
+        check_choice(self, "offset", ("paper", "torchscale"))
         if len(self.segments) != len(self.dilations):
             raise PatternError(
                 message(
@@ -63,7 +66,8 @@ class LongNet(Named):
     def expression(self, head: int, heads: int) -> Pattern:
         branches = []
         for segment, dilation in zip(self.segments, self.dilations, strict=True):
-            kept = Every(dilation, offset=head % dilation, within=segment)
+            first = head % dilation if self.offset == "paper" else head // -(-heads // dilation)
+            kept = Every(dilation, offset=first, within=segment)
             branches.append(Chunk(segment) & kept & kept.T)
         return direction(self.causal) & reduce(add, branches)
 
@@ -78,15 +82,21 @@ class S2(Named):
         # # # # . .        . . # # . .
         . . . . # .        . . # # # .
 
-    The groups of the second half begin at half a group, rounded up; the first and last of them are shorter. Nothing wraps
-    around, so nothing leaks.
+    The groups of the second half begin at half a group, rounded up; the first and last of them are shorter. Nothing
+    wraps around, so nothing leaks.
+
+    With `wrap="roll"` the last half group and the first are one group in which the first comes last, as in the
+    pseudo-code of the paper: its first tokens read the end of the text. It is here to reproduce that leak, not to use.
 
     Args:
         group: length of a group in tokens, the paper's `G`, a quarter of the length there.
+        wrap: "none", or "roll" to reproduce the pseudo-code.
+        length: tokens in the text, a multiple of an even group, for `wrap="roll"`; 0 where nothing wraps.
         causal: False reads the whole group.
 
     Raises:
-        PatternError: a group below 2, or (when read) an odd number of heads.
+        PatternError: a group below 2, an unknown wrap, a length that does not fit it, or (when read) an odd number of
+            heads.
 
     Example:
         >>> S2(8).at_head(3, heads=4)
@@ -97,184 +107,37 @@ class S2(Named):
     """
 
     group: int
+    wrap: str = field(default="none", kw_only=True)
+    length: int = field(default=0, kw_only=True)
     causal: bool = field(default=True, kw_only=True)
 
     varies = True
 
     def __post_init__(self) -> None:
         check_size(self, "group", least=2)
+        check_size(self, "length", least=0)
+        check_choice(self, "wrap", ("none", "roll"))
+        rolls = self.wrap == "roll"
+        if bool(self.length) != rolls or (rolls and (self.group % 2 or self.length % self.group)):
+            raise PatternError(
+                message(
+                    "Groups that roll need the length of the text, a multiple of an even group; others need none.",
+                    {"got": f"group={self.group}, wrap={self.wrap!r}, length={self.length}"},
+                    fix=f"S2({self.group}), which leaks nothing",
+                )
+            )
 
     @property
     def groups(self) -> int:
         return 2
 
     def expression(self, head: int, heads: int) -> Pattern:
-        halves = PerHead([Chunk(self.group), Chunk(self.group, offset=self.group - self.group // 2)])
-        return direction(self.causal) & halves
-
-
-@dataclass(frozen=True, repr=False)
-class SCCA(Named):
-    """Each query reads a window of keys that is moved by whole windows, differently on different heads.
-
-        # . . . . .        . . . . . .        SCCA(2): the heads of the second half, before the fallback
-        # # . . . .        . . . . . .
-        . . # . . .        # # . . . .
-        . . # # . .        # # . . . .
-
-    SCCA fixed (`flow=0`): half of the heads read their own window, the other half the window before it.
-    SCCA flow (`flow=m`): head `h` reads the window that lies `h mod m` windows before. Queries whose window
-    would lie before the text read their own window instead.
-
-    The paper has no public code; its shift distances, head allocation and mask convention are read here as
-    causal on absolute positions, with wrapped keys dropped.
-
-    Args:
-        window: length of a window in tokens.
-        flow: how many distances the heads cycle through, the paper's number of windows; 0 is SCCA fixed.
-        causal: False reads whole windows.
-
-    Raises:
-        PatternError: a size that is no integer in its range, or (when read) an odd number of heads with `flow=0`.
-
-    Example:
-        >>> SCCA(4, flow=4).at_head(1, heads=4)
-        Causal() & (Chunk(4, shift=4) | Chunk(4) & Sink(4).T)
-
-    References:
-        Guo, Shifted Cross Chunk Attention (arXiv 2312.07305), section 3.
-    """
-
-    window: int
-    flow: int = field(default=0, kw_only=True)
-    causal: bool = field(default=True, kw_only=True)
-
-    varies = True
-
-    def __post_init__(self) -> None:
-        check_size(self, "window")
-        check_size(self, "flow", least=0)
-
-    @property
-    def groups(self) -> int:
-        return 1 if self.flow else 2
-
-    def expression(self, head: int, heads: int) -> Pattern:
-        fixed = PerHead([self._moved(0), self._moved(1)])
-        return direction(self.causal) & (self._moved(head % self.flow) if self.flow else fixed)
-
-    def _moved(self, windows: int) -> Pattern:
-        own = Chunk(self.window)
-        if not windows:
-            return own
-        distance = windows * self.window
-        return Chunk(self.window, shift=distance) | own & Sink(distance).T
-
-
-@dataclass(frozen=True, repr=False)
-class SDA(Named):
-    """Each query reads every `dilation`-th key of the whole sequence, each head from another offset.
-
-        # . . . .        . . . . .        SDA(2), heads 0 and 1
-        . # . . .        # . . . .
-        # . # . .        . # . . .
-        . # . # .        # . # . .
-
-    Law: with `rows="all"` head `h` reads `k` where `(q - k) mod dilation == h mod dilation`, so the heads together
-    read everything. With `rows="selected"` only the tokens at `h mod dilation` read each other, as in LongNet.
-
-    Args:
-        dilation: distance between two keys in tokens; None takes the number of heads.
-        rows: "all" or "selected", the queries that read something.
-        causal: False reads later keys too.
-
-    Raises:
-        PatternError: a dilation that is no positive integer, an unknown choice of rows.
-
-    Example:
-        >>> SDA(4).at_head(1, heads=4)
-        Causal() & Dilated(4, offset=1)
-
-    References:
-        Guo, Shifted Cross Chunk Attention (arXiv 2312.07305), section 3.
-    """
-
-    dilation: int | None = None
-    rows: str = field(default="all", kw_only=True)
-    causal: bool = field(default=True, kw_only=True)
-
-    varies = True
-
-    def __post_init__(self) -> None:
-        if self.dilation is not None:
-            check_size(self, "dilation")
-        if self.rows not in ("all", "selected"):
-            raise PatternError(
-                message(
-                    'The rows of SDA are "all" or "selected".',
-                    {"got": f"rows={self.rows!r}"},
-                    fix='rows="all"',
-                )
-            )
-
-    def expression(self, head: int, heads: int) -> Pattern:
-        step = self.dilation or heads
-        if self.rows == "all":
-            return direction(self.causal) & Dilated(step, offset=head % step)
-        kept = Every(step, offset=head % step)
-        return direction(self.causal) & kept & kept.T
-
-
-@dataclass(frozen=True, repr=False)
-class LongMixed(Named):
-    """Half of the heads read by SCCA fixed, the other half by SDA.
-
-    The first quarter of the heads reads its own window, the second quarter the window before it, and the second
-    half every `dilation`-th key from all offsets, so that the heads together read everything.
-
-    Args:
-        window: length of an SCCA window in tokens.
-        dilation: distance between two keys of an SDA head; None takes the number of SDA heads.
-        causal: False reads later keys too.
-
-    Raises:
-        PatternError: a size that is no positive integer, or (when read) heads that are no multiple of 4.
-
-    Example:
-        >>> LongMixed(1024).at_head(3, heads=4)
-        Causal() & Dilated(2, offset=1)
-
-    References:
-        Guo, Shifted Cross Chunk Attention (arXiv 2312.07305), section 3.
-    """
-
-    window: int
-    dilation: int | None = field(default=None, kw_only=True)
-    causal: bool = field(default=True, kw_only=True)
-
-    varies = True
-
-    def __post_init__(self) -> None:
-        check_size(self, "window")
-        if self.dilation is not None:
-            check_size(self, "dilation")
-
-    @property
-    def groups(self) -> int:
-        return 4
-
-    def expression(self, head: int, heads: int) -> Pattern:
-        return PerHead([SCCA(self.window, causal=self.causal), SDA(self.dilation, causal=self.causal)])
-
-
-def _sizes(pattern: Pattern, name: str, given: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(given) if isinstance(given, (list, tuple)) else ()
-    if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise PatternError(
-            message(
-                f"{type(pattern).__name__} takes a list of positive integers for `{name}`.",
-                {"got": f"{name}={given!r}"},
-                fix=f"{name}=(2048, 4096)",
-            )
-        )
-    return sizes
+        own = direction(self.causal) & Chunk(self.group)
+        shifted = direction(self.causal) & Chunk(self.group, offset=self.group - self.group // 2)
+        if self.wrap == "roll":
+            half = self.group // 2
+            first, last = Sink(half), Sink(self.length) - Sink(self.length - half)
+            shifted = shifted | first.T & last
+            if not self.causal:
+                shifted = shifted | last.T & first
+        return PerHead([own, shifted])
