@@ -48,11 +48,11 @@ def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterato
         queries, keys: positions.
         size: places on a side of the blocks that regions are going to be cut into.
     """
-    query_edges, key_edges = _edges(term)
+    query_edges, key_edges = edges(term)
     for first, last in _cuts(queries, query_edges):
         for begin, end in _cuts(keys, key_edges):
             rows, columns = queries[first:last], keys[begin:end]
-            simple = _beyond_sinks(term, rows, columns)
+            simple = beyond_sinks(term, rows, columns)
             # Queries set apart so that the residue classes of both sides begin side by side.
             lead = (term.lead - (rows.start - columns.start)) % simple.steps[0]
             for part in (slice(0, lead), slice(lead, None)):
@@ -61,14 +61,14 @@ def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterato
                     yield from map(_inside_chunks, filter(_holds_pairs, _repeated(whole, size)))
 
 
-def _edges(term: Pattern, *, turned: bool = False) -> tuple[set[int], set[int]]:
+def edges(term: Pattern, *, turned: bool = False) -> tuple[set[int], set[int]]:
     """Return the positions of queries and of keys from which on a sink or prefix says nothing new."""
     if isinstance(term, Prefix):
         return {term.size}, {term.size}
     if isinstance(term, Sink):
         return ({term.size}, set()) if turned else (set(), {term.size})
     turned ^= isinstance(term, Transpose)
-    both = [_edges(part, turned=turned) for part in term.operands]
+    both = [edges(part, turned=turned) for part in term.operands]
     return set().union(*(q for q, _ in both)), set().union(*(k for _, k in both))
 
 
@@ -80,14 +80,14 @@ def _cuts(positions: range, edges: set[int]) -> Iterator[tuple[int, int]]:
         yield from pairwise([0, *inside, len(positions)])
 
 
-def _beyond_sinks(term: Pattern, queries: range, keys: range) -> Pattern:
+def beyond_sinks(term: Pattern, queries: range, keys: range) -> Pattern:
     """Return the term with every sink and prefix replaced by what it says of all these pairs."""
     if isinstance(term, Sink | Prefix):
         count = term.count(Progression.of(queries), Progression.of(keys))
         return Everything() if count.full.all() else Nothing()
     if isinstance(term, Transpose):
-        return _beyond_sinks(term.part, keys, queries).T
-    return term.rebuilt(tuple(_beyond_sinks(part, queries, keys) for part in term.operands))
+        return beyond_sinks(term.part, keys, queries).T
+    return term.rebuilt(tuple(beyond_sinks(part, queries, keys) for part in term.operands))
 
 
 def _inside_chunks(region: Region) -> Region:

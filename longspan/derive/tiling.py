@@ -67,9 +67,9 @@ def cheapest(term: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     the same residues, where a diagonal stays one.
     """
     squares = -(-len(queries) // size) * -(-len(keys) // size)
-    layouts = dict.fromkeys([term.steps, (lcm(*term.steps),) * 2])
+    layouts = dict.fromkeys([(lcm(*term.steps),) * 2, term.steps])
     strided = [steps for steps in layouts if steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS]
     if not strided or squares <= _COMPARABLE:
         strided.append((1, 1))
     found = [blocks(term, queries=queries, keys=keys, size=size, steps=steps) for steps in strided]
-    return min(found, key=lambda layout: layout.area)
+    return min(found, key=lambda layout: (layout.area, len(layout)))

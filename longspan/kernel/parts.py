@@ -8,8 +8,8 @@ is the merge of attention over its parts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -88,18 +88,23 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     Law: the rectangles of all parts together hold every pair as often as the pattern counts it.
     """
     made: list[Part] = []
-    touched = np.zeros(len(queries), dtype=bool)
     for term in terms(pattern):
         for region in regions(term, queries, keys, size=size):
-            tile = Tile(region.term, 0, cheapest(region.term, region.queries, region.keys, size=size))
-            joined = runs(tile)
+            tile, joined = _laid_out(region.term, region.queries, region.keys, size)
             for look in range(int(joined.look.max(initial=-1)) + 1):
                 alike = np.flatnonzero(joined.look == look)
                 query, key = _everywhere(region, joined.query[alike], joined.key[alike])
                 for chosen, shape, advances in _lattices(query, key):
                     start = (int(query[chosen[0]]), int(key[chosen[0]]))
-                    made.append(_part(tile, joined, alike[0], start, shape, advances, touched))
-    return tuple(made)
+                    made.append(_part(tile, joined, alike[0], start, shape, advances))
+    return _marked(made, len(queries))
+
+
+@lru_cache(maxsize=64)
+def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> tuple[Tile, Runs]:
+    """Return the runs of a region, which heads that differ elsewhere may have in common."""
+    tile = Tile(term, 0, cheapest(term, queries, keys, size=size))
+    return tile, runs(tile)
 
 
 def _everywhere(region: Region, query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -118,17 +123,28 @@ def _part(
     start: tuple[int, int],
     shape: tuple[int, int],
     advances: Advances,
-    touched: np.ndarray,
 ) -> Part:
     places = (int(joined.rows[sample]), int(joined.columns[sample]))
     query = Lattice(start[0], tile.blocks.query_side.step, places[0], *advances[0])
     key = Lattice(start[1], tile.blocks.key_side.step, places[1], *advances[1])
     masked = joined.kind[sample] == MASKED
     allowed = np.array(tile.mask(joined.query[sample], joined.key[sample], *places)) if masked else None
-    rows = as_strided(touched[start[0] :], (*shape, places[0]), (query.outer, query.inner, query.step))
-    fresh = not rows.any()
-    rows[...] = True
-    return Part(query, key, shape, allowed, bool(joined.kind[sample] == CAUSAL), fresh)
+    return Part(query, key, shape, allowed, bool(joined.kind[sample] == CAUSAL), fresh=False)
+
+
+def _marked(made: list[Part], length: int) -> tuple[Part, ...]:
+    """Return the parts with those marked whose queries no part before them touches."""
+    touched = np.zeros(length, dtype=bool)
+    marked = []
+    for part in made:
+        query = part.query
+        rows = as_strided(
+            touched[query.start :], (*part.shape, query.places), (query.outer, query.inner, query.step)
+        )
+        marked.append(replace(part, fresh=not marked or not rows.any()))
+        if len(marked) < len(made):
+            rows[...] = True
+    return tuple(marked)
 
 
 def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:

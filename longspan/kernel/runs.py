@@ -120,7 +120,7 @@ def _stretches(intervals: np.ndarray) -> np.ndarray:
     """Join neighbours in a row, then equal plain rows one above the other."""
     if not len(intervals):
         return intervals
-    ordered = np.sort(intervals, order=["query_class", "key_class", "row", "start"])
+    ordered = _sorted(intervals, "query_class", "key_class", "row", "start")
     same_row = _same(ordered, "query_class", "key_class", "row")
     joins = same_row & (ordered["start"][1:] == ordered["stop"][:-1])
     wide = _width(ordered, joins) > WIDEST
@@ -130,7 +130,7 @@ def _stretches(intervals: np.ndarray) -> np.ndarray:
     joined = _joined(ordered, joins & (~wide[1:] | same_kind))
 
     plain = joined[joined["kind"] == PLAIN]
-    plain = np.sort(plain, order=["query_class", "key_class", "start", "stop", "row"])
+    plain = _sorted(plain, "query_class", "key_class", "start", "stop", "row")
     above = _same(plain, "query_class", "key_class", "start", "stop") & (
         plain["row"][1:] == plain["row"][:-1] + 1
     )
@@ -138,6 +138,10 @@ def _stretches(intervals: np.ndarray) -> np.ndarray:
     tall = plain[first]
     tall["height"] = np.diff(np.append(first, len(plain)))
     return np.concatenate([tall, joined[joined["kind"] != PLAIN]])
+
+
+def _sorted(stretches: np.ndarray, *names: str) -> np.ndarray:
+    return stretches[np.lexsort([stretches[name] for name in reversed(names)])]
 
 
 def _same(stretches: np.ndarray, *names: str) -> np.ndarray:
