@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
 from longspan.kernel import reference, sdpa
 from longspan.kernel.plan import choose, head_groups, scores_refusal
+from longspan.kernel.sides import one_sided_groups
 from longspan.pattern import Pattern
+from longspan.score import Score, collect
 
 
 def attend(
@@ -19,21 +23,29 @@ def attend(
     *,
     queries: range | None = None,
     scale: float | None = None,
+    scores: Score | Sequence[Score] = (),
     kernel: str | None = None,
 ) -> Tensor:
     """Attend: each query takes the mean of the values its pattern lets it read, weighed by softmax.
 
-    Law: with m the counts of the pattern, `output_i = sum_j m_ij exp(scale q_i.k_j) v_j / sum_j m_ij exp(scale
-    q_i.k_j)`. A query that reads nothing gives 0. All kernels give the same numbers, forward and backward.
+    Law: with m the counts of the pattern and s the scores, `output_i = sum_j m_ij exp(s_ij) v_j / sum_j m_ij
+    exp(s_ij)`, and `s_ij = scale q_i.k_j` where `scores` says nothing else. A query that reads nothing gives 0. All
+    kernels give the same numbers, forward and backward.
+
+    What a query does not read cannot reach it, NaN and infinity included: a row of query, key or value that is
+    not finite makes NaN of the outputs of the queries that read it (or are it) and of no others, and of the
+    gradients of what those queries read and of no others.
 
     Args:
         query: `[batch, heads, queries, width]`, float.
         key: `[batch, key heads, keys, width]`; key head `h // (heads // key heads)` serves query head `h`.
-        value: `[batch, key heads, keys, value width]`.
+        value: `[batch, key heads, keys, value width]`; any value width.
         pattern: which keys each query reads, and how often.
         queries: absolute positions of the queries; keys are at `range(keys)`. None takes the last positions, so
             that one new token attends to everything cached before it.
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+        scores: what changes them beside the pattern: `ALiBi()`, `Sinks(logits)`, `SoftCap(limit)` from
+            `longspan.score`, one or a list of them in any order.
         kernel: "sdpa" or "reference" to insist on one; None takes the first that can run.
 
     Returns:
@@ -54,7 +66,9 @@ def attend(
     References:
         Vaswani et al., Attention Is All You Need (arXiv 1706.03762), section 3.2.1.
     """
-    return attend_with_lse(query, key, value, pattern, queries=queries, scale=scale, kernel=kernel)[0]
+    return attend_with_lse(
+        query, key, value, pattern, queries=queries, scale=scale, scores=scores, kernel=kernel
+    )[0]
 
 
 def attend_with_lse(
@@ -65,6 +79,7 @@ def attend_with_lse(
     *,
     queries: range | None = None,
     scale: float | None = None,
+    scores: Score | Sequence[Score] = (),
     kernel: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend as `attend` does, and return the logarithm of the softmax denominator too.
@@ -82,20 +97,27 @@ def attend_with_lse(
     query, key, value = _alike(query, key, value)
     positions = _positions(query, key, value, pattern, queries)
     heads, width = query.shape[1], query.shape[-1]
+    changes = collect(scores, heads)
     scale = width**-0.5 if scale is None else scale
     keys = range(key.shape[2])
     refusals = {
-        "sdpa": sdpa.refusal(query, value),
+        "sdpa": sdpa.refusal(query, changes),
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
-    chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, positions))
+    chosen = "sdpa"
+    if refusals["sdpa"] or kernel not in ("sdpa", None):
+        chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, positions))
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
     with torch.autocast(query.device.type, enabled=False):
         if chosen == "reference":
-            return reference.attend(query, key, value, pattern, queries=positions, scale=scale)
-        return sdpa.attend(query, key, value, head_groups(pattern, heads, positions, keys), scale)
+            return reference.attend(
+                query, key, value, pattern, queries=positions, scale=scale, changes=changes
+            )
+        grouped = head_groups if changes.slopes is None else one_sided_groups
+        work = sdpa.Work(grouped(pattern, heads, positions, keys), positions, scale, changes.slopes)
+        return sdpa.attend(query, key, value, changes.sinks, work)
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -46,6 +46,7 @@ from longspan.pattern import (
     Union,
     Window,
 )
+from longspan.score import Scores
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 BATCH, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 12
@@ -148,7 +149,7 @@ def check(pattern: Pattern, given: list[torch.Tensor], kernel: str, *, queries: 
 
 def able(kernel: str, device: torch.device) -> None:
     probe = torch.zeros(1, 1, 1, 8, device=device)
-    if kernel == "sdpa" and (why := sdpa.refusal(probe, probe)):
+    if kernel == "sdpa" and (why := sdpa.refusal(probe, Scores())):
         pytest.skip(f"sdpa {why}")
 
 
@@ -160,7 +161,9 @@ def test_kernels_keep_to_the_formula(
 ):
     able(kernel, device)
     # Small blocks are about pairs, which float64 settles; in low precision the longest text has most merges.
-    for length in LENGTHS if blocks == "large" or dtype == torch.float64 else LENGTHS[-1:]:
+    # With a single key a gradient is the difference of equal numbers, in low precision nothing but rounding.
+    lengths = LENGTHS if dtype == torch.float64 else LENGTHS[1:] if blocks == "large" else LENGTHS[-1:]
+    for length in lengths:
         check(pattern, tensors(length, length, dtype, device), kernel)
 
 

@@ -10,6 +10,7 @@ import torch
 from longspan import attend, attend_with_lse, plan
 from longspan.errors import LongspanError, PatternError, PlanError, ShapeError
 from longspan.pattern import SCCA, Causal, Dilated, PerHead, Window
+from longspan.score import SoftCap
 
 
 def side(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -170,22 +171,26 @@ There is no kernel called flash.
     ),
     (
         "a kernel that cannot",
-        lambda: attend(QUERY, KEY, side(1, 2, 9, 6), Causal(), kernel="sdpa"),
+        lambda: attend(QUERY, KEY, KEY, Causal(), scores=SoftCap(50.0), kernel="sdpa"),
         PlanError,
         """\
 The kernel sdpa cannot run this pattern on these tensors.
   pattern  Causal()
   query    [1, 4, 9, 8] float32, cpu
   key      [1, 2, 9, 8] float32, cpu
-  value    [1, 2, 9, 6] float32, cpu
+  value    [1, 2, 9, 8] float32, cpu
   queries  range(0, 9)
-  refused  sdpa  takes one width for key and value, got 8 and 6
+  refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
   try      kernel=None, which takes the first that can""",
     ),
     (
         "no kernel that can",
         lambda: attend(
-            side(1, 32, 32768, 8), side(1, 32, 32768, 8), side(1, 32, 32768, 6), Causal() & Dilated(3)
+            side(1, 32, 32768, 8),
+            side(1, 32, 32768, 8),
+            side(1, 32, 32768, 6),
+            Causal() & Dilated(3),
+            scores=SoftCap(50.0),
         ),
         PlanError,
         """\
@@ -195,7 +200,7 @@ No kernel can run this pattern on these tensors.
   key      [1, 32, 32768, 8] float32, cpu
   value    [1, 32, 32768, 6] float32, cpu
   queries  range(0, 32768)
-  refused  sdpa  takes one width for key and value, got 8 and 6
+  refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
            reference  would need 137.4 GB for the scores, limit is 8 GB
   try      fewer queries at a time, or tensors that a kernel above takes""",
     ),

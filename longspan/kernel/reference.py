@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.derive.mask import counts
 from longspan.pattern import Pattern
+from longspan.score import Scores
 
 
 def scores_bytes(query: Tensor, key: Tensor) -> int:
@@ -16,19 +18,50 @@ def scores_bytes(query: Tensor, key: Tensor) -> int:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, queries: range, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    queries: range,
+    scale: float,
+    changes: Scores,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp: softmax over the scores plus the logarithm of each pair's count."""
-    heads = query.shape[1]
+    heads, dtype = query.shape[1], query.dtype
     group = heads // key.shape[1]
     key, value = (side.repeat_interleave(group, dim=1) for side in (key, value))
     often = counts(pattern, queries=queries, keys=range(key.shape[2]), heads=heads).to(query.device)
-    exact = torch.promote_types(query.dtype, torch.float32)
-    scores = (query.to(exact) @ key.to(exact).transpose(-1, -2)) * scale
+    exact = torch.promote_types(dtype, torch.float32)
+    query, key, value = (side.to(exact) for side in (query, key, value))
+    # What is no number is told to the pairs it belongs to, and is kept out of sums over other pairs.
+    spoiled = _spoiled(query).unsqueeze(-1) | (_spoiled(key) | _spoiled(value)).unsqueeze(-2)
+    query, key, value = (side.nan_to_num(0.0, 0.0, 0.0) for side in (query, key, value))
+    scores = (query @ key.transpose(-1, -2)) * scale
+    if changes.limit is not None:
+        scores = changes.limit * torch.tanh(scores / changes.limit)
+    if changes.slopes is not None:
+        slopes = torch.tensor(changes.slopes, dtype=exact, device=query.device)
+        scores = scores - slopes[:, None, None] * _distance(queries, key.shape[2]).to(scores)
+    scores = scores + torch.zeros_like(scores).masked_fill(spoiled, torch.nan)
     scores = (scores + often.to(exact).log()).masked_fill(often == 0, -torch.inf)
+    if changes.sinks is not None:
+        # A sink is a key that every query reads, with a score of its own and value 0.
+        sinks = changes.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+        scores, value = torch.cat([scores, sinks], dim=-1), F.pad(value, (0, 0, 0, 1))
     # A query that reads nothing would give minus infinity less itself.
-    silent = (often == 0).all(dim=-1)
+    unread = torch.isneginf(scores)
+    silent = unread.all(dim=-1)
     scores = scores.masked_fill(silent.unsqueeze(-1), 0.0)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(silent.unsqueeze(-1), 0.0)
-    return (weights @ value.to(exact)).to(query.dtype), lse.masked_fill(silent, -torch.inf)
+    weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(unread, 0.0)
+    return (weights @ value).to(dtype), lse.masked_fill(silent, -torch.inf)
+
+
+def _distance(queries: range, keys: int) -> Tensor:
+    return (torch.tensor(queries, dtype=torch.int64)[:, None] - torch.arange(keys)).abs()
+
+
+def _spoiled(side: Tensor) -> Tensor:
+    """Say which rows of a tensor hold NaN or infinity."""
+    return ~side.isfinite().all(dim=-1)

@@ -1,0 +1,132 @@
+"""Calls: the parts of a pattern on tensors, as strided views in pieces of bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from longspan.kernel.parts import Lattice, Part
+
+
+@dataclass(frozen=True, eq=False)
+class HeadGroup:
+    """Heads that read alike, at regular distances, and the parts that they read by.
+
+    Attributes:
+        heads: the heads.
+        parts: what they read.
+        ahead: the parts hold only keys after their queries; asked for only where distance counts.
+    """
+
+    heads: range
+    parts: tuple[Part, ...]
+    ahead: bool = False
+
+
+@dataclass(frozen=True)
+class Call:
+    """Some rectangles of one part, on some heads of one row of the batch: what one call of the kernel takes."""
+
+    part: Part
+    ahead: bool
+    row: int
+    heads: range
+    key_heads: range
+    outer: int
+    inner: range
+
+    def read(self, tensor: Tensor) -> Tensor:
+        """Return the view `[heads, rectangles, places, ...]` of a tensor on the query side."""
+        return self._view(tensor, self.part.query, self.heads, self.inner)
+
+    def look_up(self, tensor: Tensor) -> Tensor:
+        """Return the view `[key heads, rectangles, places, width]` of a tensor on the key side."""
+        return self._view(tensor, self.part.key, self.key_heads, self.inner)
+
+    def give_back(self, whole: Tensor, part: Tensor) -> None:
+        """Add a gradient of the view `look_up` gave to the whole, where rectangles may overlap."""
+        lattice = self.part.key
+        advance, step = lattice.inner, lattice.step
+        if advance == 0:
+            part, inner = part.sum(dim=1, keepdim=True), self.inner[:1]
+            self._view(whole, lattice, self.key_heads, inner).add_(part)
+            return
+        # Rectangle n + apart starts on a place of rectangle n, `shift` places after its first one.
+        apart = step // int(np.gcd(advance, step))
+        shift = apart * advance // step
+        for begin in range(min(apart, len(self.inner))):
+            inner = self.inner[begin::apart]
+            places = lattice.places if len(inner) == 1 else shift
+            for first in range(0, lattice.places, places):
+                piece = part[:, begin::apart, first : first + places]
+                cut = Lattice(
+                    lattice.start + first * step, step, piece.shape[2], lattice.outer, lattice.inner
+                )
+                self._view(whole, cut, self.key_heads, inner).add_(piece)
+
+    def _view(self, tensor: Tensor, lattice: Lattice, heads: range, inner: range) -> Tensor:
+        batch_stride, head_stride, stride, *rest = tensor.stride()
+        start = lattice.start + self.outer * lattice.outer + inner.start * lattice.inner
+        offset = (
+            tensor.storage_offset() + self.row * batch_stride + heads.start * head_stride + start * stride
+        )
+        return tensor.as_strided(
+            (len(heads), len(inner), lattice.places, *tensor.shape[3:]),
+            (heads.step * head_stride, inner.step * lattice.inner * stride, lattice.step * stride, *rest),
+            offset,
+        )
+
+
+def calls(
+    query: Tensor,
+    key: Tensor,
+    groups: Sequence[HeadGroup],
+    *,
+    places: Callable[[Part], int],
+    alone: Callable[[Part], int],
+    limit: int,
+) -> Iterator[Call]:
+    """Cut the work into calls whose temporary results take at most `limit` bytes, or are of one rectangle.
+
+    Args:
+        query, key: tensors `[batch, heads, length, width]`.
+        groups: who reads what.
+        places: numbers that a rectangle of one head needs for its results.
+        alone: numbers that one head needs however many rectangles there are.
+        limit: bytes.
+    """
+    share = query.shape[1] // key.shape[1]
+    numbers = limit // query.element_size()
+    for row in range(query.shape[0]):
+        for group in groups:
+            for heads, key_heads in _paired(group.heads, share):
+                for part in group.parts:
+                    budget = max(1, numbers // places(part))
+                    most = max(1, min(len(heads), numbers // max(1, alone(part))))
+                    inner = max(1, min(budget // most, part.shape[1]))
+                    abreast = max(1, min(budget // inner, most))
+                    for outer in range(part.shape[0]):
+                        for first in range(0, part.shape[1], inner):
+                            for head in range(0, len(heads), abreast):
+                                yield Call(
+                                    part,
+                                    group.ahead,
+                                    row,
+                                    heads[head : head + abreast],
+                                    key_heads[head : head + abreast],
+                                    outer,
+                                    range(part.shape[1])[first : first + inner],
+                                )
+
+
+def _paired(heads: range, share: int) -> Iterator[tuple[range, range]]:
+    """Cut heads so that each key head stands opposite one query head, `share` query heads to a key head."""
+    for place in range(share):
+        opposite = [head for head in heads if head % share == place]
+        if opposite:
+            step = opposite[1] - opposite[0] if len(opposite) > 1 else share
+            taken = range(opposite[0], opposite[-1] + 1, step)
+            yield taken, range(taken[0] // share, taken[-1] // share + 1, step // share)
