@@ -19,7 +19,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # What a part may import besides itself. Imports point down this list only.
 LAYERS = [
     {"errors"},
-    {"layout", "frequency", "text", "pattern"},
+    {"layout", "frequency", "score", "text", "pattern"},
     {"derive"},
     {"kernel"},
     {"attend"},
