@@ -153,13 +153,15 @@ def test_gradients_are_exact(pairs):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("surroundings", ["plain", "autocast"])
-def test_low_precision_is_rounded_once(dtype, surroundings):
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_low_precision_is_rounded_once(dtype, surroundings, share):
+    frequency = YaRN(8, original=64, share=share)
     query, key = (side.to(dtype) for side in shapes(31))
     # Positions that bfloat16 cannot tell apart.
     positions = torch.arange(100_000, 100_031)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=surroundings == "autocast"):
-        got = rotate(query, key, positions, YaRN(8, original=64))
-    wanted = rotate(query.float(), key.float(), positions, YaRN(8, original=64))
+        got = rotate(query, key, positions, frequency)
+    wanted = rotate(query.float(), key.float(), positions, frequency)
     for one, other in zip(got, wanted, strict=True):
         assert one.dtype == dtype
         assert torch.equal(one, other.to(dtype))
