@@ -50,9 +50,9 @@ def chunk(heads: int, n: int, size: int) -> np.ndarray:
     return tally(heads, n, lambda head, q: next(range(s, s + size) for s in starts if s <= q < s + size))
 
 
-def every(heads: int, n: int, step: int, first: int) -> np.ndarray:
-    """The keys `first`, `first + step`, `first + 2 step`, ..."""
-    return tally(heads, n, lambda head, q: range(first, n, step))
+def every(heads: int, n: int, step: int, first: int, *, run: int = 1) -> np.ndarray:
+    """The keys `first`, `first + step`, `first + 2 step`, ..., each the first of a run of neighbours."""
+    return tally(heads, n, lambda head, q: [k + more for k in range(first, n, step) for more in range(run)])
 
 
 def sink(heads: int, n: int, size: int) -> np.ndarray:
@@ -95,20 +95,33 @@ def longformer(
 
 
 def longnet(
-    heads: int, n: int, segments: Sequence[int], dilations: Sequence[int], *, causal: bool = True
+    heads: int,
+    n: int,
+    segments: Sequence[int],
+    dilations: Sequence[int],
+    *,
+    torchscale: bool = False,
+    causal: bool = True,
 ) -> np.ndarray:
     """LongNet (2307.02486, section 3): a mixture of branches, one (segment length, dilation) each.
 
     A branch cuts the sequence into segments and keeps every r-th row of each, the first of them at the head's
     number modulo r; the kept rows attend among themselves. The mixture weighs branches by their softmax
-    denominators, so a pair that stands in several branches counts once for each.
+    denominators, so a pair that stands in several branches counts once for each. In torchscale heads are padded to a
+    multiple of r and cut into r runs of neighbours, and the number of its run says where a head's first row is.
     """
+
+    def first(head: int, r: int) -> int:
+        if not torchscale:
+            return head % r
+        padded = next(number for number in range(heads, heads + r) if number % r == 0)
+        return next(run for run in range(r) if head in range(run * padded // r, (run + 1) * padded // r))
 
     def reads(head: int, q: int) -> list[int]:
         keys = []
         for length, r in zip(segments, dilations, strict=True):
             start = q - q % length
-            kept = list(range(start + head % r, start + length, r))
+            kept = list(range(start + first(head, r), start + length, r))
             if q in kept:
                 keys += [k for k in kept if k <= q or not causal]
         return keys
@@ -134,25 +147,36 @@ def s2(heads: int, n: int, group: int, *, causal: bool = True) -> np.ndarray:
     return tally(heads, n, reads)
 
 
-def _cross_window(q: int, size: int, shift: int, causal: bool) -> list[int]:
+def _cross_window(q: int, size: int, shift: int, causal: bool, empty: str) -> list[int]:
     """SCCA's keys of one query: its window laid over keys that were rolled by `shift`, in true positions.
 
     Wrapped keys and keys after the query are dropped; a query that is left with none reads its own window.
     """
     start = q - q % size
     keys = [slot - shift for slot in range(start, start + size)]
-    own = list(range(start, start + size))
-    return [k for k in keys if k >= 0 and (k <= q or not causal)] or [k for k in own if k <= q or not causal]
+    left = [k for k in keys if k >= 0 and (k <= q or not causal)]
+    own = list(range(start, start + size)) if empty == "own" else []
+    return left or [k for k in own if k <= q or not causal]
+
+
+def scca(
+    heads: int, n: int, size: int, shifts: Sequence[int], *, causal: bool = True, empty: str = "own"
+) -> np.ndarray:
+    """SCCA (2312.07305): equal groups of heads, and the keys of each roll by a distance of its own."""
+    group = heads // len(shifts)
+    return tally(heads, n, lambda head, q: _cross_window(q, size, shifts[head // group], causal, empty))
 
 
 def scca_fixed(heads: int, n: int, size: int, shift: int, *, causal: bool = True) -> np.ndarray:
-    """SCCA fixed (2312.07305): half the heads keep their window, the keys of the others roll by `shift`."""
-    return tally(heads, n, lambda head, q: _cross_window(q, size, 0 if head < heads // 2 else shift, causal))
+    """SCCA fixed: half the heads keep their window, the keys of the others roll by `shift`."""
+    return scca(heads, n, size, [0, shift], causal=causal)
 
 
-def scca_flow(heads: int, n: int, size: int, windows: int, *, causal: bool = True) -> np.ndarray:
-    """SCCA flow (2312.07305): the keys of head h roll by h windows, beginning again after `windows` heads."""
-    return tally(heads, n, lambda head, q: _cross_window(q, size, head % windows * size, causal))
+def scca_flow(
+    heads: int, n: int, size: int, windows: int, *, causal: bool = True, empty: str = "own"
+) -> np.ndarray:
+    """SCCA flow: the keys of head h roll by h windows, beginning again after `windows` heads."""
+    return scca(heads, n, size, [h % windows * size for h in range(heads)], causal=causal, empty=empty)
 
 
 def sda(heads: int, n: int, step: int, *, rows: str = "all", causal: bool = True) -> np.ndarray:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from longspan.pattern import Causal, Chunk, Dilated, Every, Pattern, PerHead, Prefix, Sink, Window
+from longspan.pattern import (
+    Causal,
+    Chosen,
+    Chunk,
+    Dilated,
+    Documents,
+    Every,
+    Everything,
+    Keys,
+    Nothing,
+    Pattern,
+    PerHead,
+    Prefix,
+    Random,
+    Sink,
+    Window,
+)
 
 # Lengths that divide nothing, and the two at which loops are entered once or not at all.
 LENGTHS = (1, 2, 31, 97, 129)
@@ -28,13 +44,37 @@ def _chunk(draw: st.DrawFn) -> Pattern:
 @st.composite
 def _every(draw: st.DrawFn) -> Pattern:
     step = draw(st.integers(1, 12))
-    return Every(
-        step, offset=draw(st.integers(0, step - 1)), within=draw(st.sampled_from([0, step, 3 * step, 25]))
+    offset = draw(st.integers(0, step - 1))
+    within = draw(st.sampled_from([0, step, 3 * step, 25]))
+    return Every(step, offset=offset, within=within, run=draw(st.integers(1, step - offset)))
+
+
+@st.composite
+def _documents(draw: st.DrawFn) -> Pattern:
+    lengths = draw(st.lists(sizes, max_size=6))
+    return Documents(lengths, ids=draw(st.none() | st.tuples(*(st.integers(-1, 3) for _ in lengths))))
+
+
+@st.composite
+def _random(draw: st.DrawFn) -> Pattern:
+    return Random(
+        draw(st.integers(1, 4)),
+        size=draw(st.integers(1, 9)),
+        of=draw(st.integers(0, 20)),
+        seed=draw(st.integers(0, 3)),
+        stream=draw(st.integers(0, 3)),
     )
 
 
+_tables = st.lists(st.lists(st.integers(0, 16), max_size=5), max_size=20)
+
 atoms = st.one_of(
     st.just(Causal()),
+    st.sampled_from([Everything(), Nothing()]),
+    st.builds(Keys, st.lists(st.integers(0, 150), max_size=30)),
+    st.builds(Chosen, _tables, size=st.integers(1, 9)),
+    _documents(),
+    _random(),
     st.builds(Window, sizes),
     st.builds(Sink, sizes),
     st.builds(Prefix, sizes),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import oracle
+import pairs
 import pytest
 from strategies import LENGTHS
 
@@ -16,21 +17,29 @@ from longspan.pattern import (
     S2,
     SCCA,
     SDA,
+    BigBird,
     Causal,
+    Chosen,
     Chunk,
     Dilated,
+    Documents,
     Every,
     Everything,
+    Fixed,
+    Keys,
     Longformer,
     LongMixed,
     LongNet,
+    Neighborhood,
     Nothing,
     Pattern,
     PerHead,
     Prefix,
+    Random,
     Sink,
     SlidingWindow,
     Streaming,
+    Strided,
     Window,
     parse,
 )
@@ -63,7 +72,29 @@ ATOMS: list[tuple[Pattern, Truth]] = [
         Every(4, offset=3, within=10),
         tally(lambda head, n, q: [k for start in range(0, n, 10) for k in (start + 3, start + 7)]),
     ),
+    (Every(5, offset=2, run=3), lambda heads, n: oracle.every(heads, n, 5, 2, run=3)),
     (Sink(6), lambda heads, n: oracle.sink(heads, n, 6)),
+    (Keys([40, 3, 9, 41]), lambda heads, n: pairs.keys(heads, n, [3, 9, 40, 41])),
+    (Documents((9, 30, 2)), lambda heads, n: pairs.documents(heads, n, [0] * 9 + [1] * 30 + [2] * 2)),
+    (
+        # Padded on the left, one document in two stretches, padded on the right.
+        Documents((5, 20, 7, 11), ids=(-1, 4, 2, 4)),
+        lambda heads, n: pairs.documents(heads, n, [-1] * 5 + [4] * 20 + [2] * 7 + [4] * 11),
+    ),
+    (
+        Chosen([[0], [], [5, 0, 2], [3]], size=7),
+        lambda heads, n: pairs.blocks(
+            heads, n, 7, lambda head, row: [[0], [], [0, 2, 5], [3]][row] if row < 4 else []
+        ),
+    ),
+    (
+        Random(3, size=6, seed=7, stream=2),
+        lambda heads, n: pairs.blocks(heads, n, 6, lambda head, row: pairs.drawn(row, 3, seed=7, stream=2)),
+    ),
+    (
+        Random(2, size=6, of=11),
+        lambda heads, n: pairs.blocks(heads, n, 6, lambda head, row: pairs.drawn(row, 2, of=11)),
+    ),
     (Prefix(6), tally(lambda head, n, q: range(6) if q < 6 else [])),
 ]
 
@@ -89,6 +120,62 @@ NAMED: list[tuple[Pattern, Truth]] = [
             heads, n, reach=3, dilation=[1] * (heads // 2) + [2] * (heads // 2), causal=True
         ),
     ),
+    (
+        Longformer(4, dilation=(1, 1, 1, 3), global_tokens=(17, 40), causal=False),
+        lambda heads, n: oracle.longformer(
+            heads, n, reach=3, dilation=[1] * (heads * 3 // 4) + [3] * (heads // 4), anchors=[17, 40]
+        ),
+    ),
+    (
+        Longformer(4, dilation=[2, 1], global_tokens=[17, 0]),
+        lambda heads, n: oracle.longformer(
+            heads, n, reach=3, dilation=[2] * (heads // 2) + [1] * (heads // 2), anchors=[0, 17], causal=True
+        ),
+    ),
+    *(
+        (
+            LongNet((6, 30), (2, 5), offset="torchscale", causal=causal),
+            lambda heads, n, causal=causal: oracle.longnet(
+                heads, n, [6, 30], [2, 5], torchscale=True, causal=causal
+            ),
+        )
+        for causal in (True, False)
+    ),
+    *(
+        (
+            kind(5, **options),
+            lambda heads, n, truth=truth, options=options, sizes=sizes: truth(heads, n, *sizes, **options),
+        )
+        for kind, truth, sizes in ((Strided, pairs.strided, [5]), (Fixed, pairs.fixed, [5, 1]))
+        for options in (
+            {},
+            {"causal": False},
+            {"factor": "divided"},
+            {"factor": "near"},
+            {"factor": "far", "causal": False},
+        )
+    ),
+    (Strided(7, window=7), lambda heads, n: pairs.strided(heads, n, 7, near=7)),
+    (
+        Fixed(9, summary=2, variants=4),
+        lambda heads, n: pairs.fixed(heads, n, 9, 2, variants=4),
+    ),
+    (
+        Fixed(9, summary=3, variants=2, factor="divided"),
+        lambda heads, n: pairs.fixed(heads, n, 9, 3, variants=2, factor="divided"),
+    ),
+    (
+        BigBird(6, seed=3),
+        lambda heads, n: pairs.bigbird(
+            heads, n, 6, lambda head, row: pairs.drawn(row, 3, seed=3, stream=head), causal=True
+        ),
+    ),
+    (
+        BigBird(6, random=0),
+        lambda heads, n: pairs.bigbird(heads, n, 6, lambda head, row: [], causal=True),
+    ),
+    (Neighborhood(5), lambda heads, n: pairs.neighborhood(heads, n, 5, 1, causal=True)),
+    (Neighborhood(4, dilation=3), lambda heads, n: pairs.neighborhood(heads, n, 4, 3, causal=True)),
     (LongNet((5, 15), (1, 3)), lambda heads, n: oracle.longnet(heads, n, [5, 15], [1, 3])),
     (LongNet([4, 9, 27], [1, 2, 5]), lambda heads, n: oracle.longnet(heads, n, [4, 9, 27], [1, 2, 5])),
     (LongNet([8], [4]), lambda heads, n: oracle.longnet(heads, n, [8], [4])),
@@ -109,6 +196,15 @@ NAMED: list[tuple[Pattern, Truth]] = [
     (SCCA(8, flow=4), lambda heads, n: oracle.scca_flow(heads, n, 8, 4)),
     (SCCA(5, flow=3), lambda heads, n: oracle.scca_flow(heads, n, 5, 3)),
     (SCCA(5, flow=3, causal=False), lambda heads, n: oracle.scca_flow(heads, n, 5, 3, causal=False)),
+    (SCCA(8, shifts=(0, 4)), lambda heads, n: oracle.scca(heads, n, 8, [0, 4])),
+    (
+        SCCA(7, shifts=(0, 5, 20, 14), empty="nothing"),
+        lambda heads, n: oracle.scca(heads, n, 7, [0, 5, 20, 14], empty="nothing"),
+    ),
+    (
+        SCCA(6, flow=5, empty="nothing"),
+        lambda heads, n: oracle.scca_flow(heads, n, 6, 5, empty="nothing"),
+    ),
     (SDA(), lambda heads, n: oracle.sda(heads, n, heads)),
     (SDA(3), lambda heads, n: oracle.sda(heads, n, 3)),
     (SDA(3, causal=False), lambda heads, n: oracle.sda(heads, n, 3, causal=False)),
@@ -123,8 +219,79 @@ NAMED: list[tuple[Pattern, Truth]] = [
         LongMixed(7, dilation=3, causal=False),
         lambda heads, n: oracle.longmixed(heads, n, 7, 3, 7, causal=False),
     ),
+    (
+        LongMixed(8, flow=3, rows="selected", empty="nothing"),
+        lambda heads, n: np.concatenate(
+            [
+                oracle.scca_flow(heads // 2, n, 8, 3, empty="nothing"),
+                oracle.sda(heads // 2, n, heads // 2, rows="selected"),
+            ]
+        ),
+    ),
+    (
+        LongMixed(8, dilation=2, shifts=(4, 0)),
+        lambda heads, n: np.concatenate(
+            [oracle.scca(heads // 2, n, 8, [4, 0]), oracle.sda(heads // 2, n, 2)]
+        ),
+    ),
     (Streaming(8, sinks=3), lambda heads, n: oracle.streaming(heads, n, 3, 8)),
     (Streaming(1, sinks=1), lambda heads, n: oracle.streaming(heads, n, 1, 1)),
+]
+
+# Patterns that know the length of their text, by that length; those that roll leak on purpose.
+BOUNDED: list[tuple[Callable[[int], Pattern], Truth, list[int]]] = [
+    (
+        lambda n: BigBird(6, random=2, seed=5, length=n, causal=False),
+        lambda heads, n: pairs.bigbird(
+            heads,
+            n,
+            6,
+            lambda head, row: pairs.drawn(row, 2, of=-(-n // 6), seed=5, stream=head),
+            causal=False,
+        ),
+        [1, 2, 31, 36, 97],
+    ),
+    (
+        lambda n: Neighborhood(5, length=n, causal=False),
+        lambda heads, n: pairs.neighborhood(heads, n, 5, 1),
+        [5, 6, 31, 97],
+    ),
+    (
+        lambda n: Neighborhood(4, dilation=3, length=n, causal=False),
+        lambda heads, n: pairs.neighborhood(heads, n, 4, 3),
+        [12, 13, 31, 97],
+    ),
+    (
+        lambda n: Neighborhood(1, dilation=2, length=n, causal=False),
+        lambda heads, n: pairs.neighborhood(heads, n, 1, 2),
+        [2, 31],
+    ),
+    *(
+        (
+            lambda n, causal=causal: S2(8, wrap="roll", length=n, causal=causal),
+            lambda heads, n, causal=causal: pairs.rolled_s2(heads, n, 8, causal=causal),
+            [8, 16, 96],
+        )
+        for causal in (True, False)
+    ),
+    *(
+        (
+            lambda n, causal=causal, shift=shift: SCCA(
+                8, shifts=(0, shift), mask="rolled", length=n, causal=causal
+            ),
+            lambda heads, n, causal=causal, shift=shift: pairs.rolled_scca(
+                heads, n, 8, [0, shift], causal=causal
+            ),
+            [8, 16, 32, 96],
+        )
+        for causal in (True, False)
+        for shift in (4, 8, 11, 24)
+    ),
+    (
+        lambda n: SCCA(8, flow=3, mask="rolled", length=n),
+        lambda heads, n: pairs.rolled_scca(heads, n, 8, [head % 3 * 8 for head in range(heads)]),
+        [8, 24, 96],
+    ),
 ]
 
 
@@ -133,6 +300,16 @@ NAMED: list[tuple[Pattern, Truth]] = [
 def test_counts_are_those_of_the_oracle(pattern: Pattern, truth: Truth, heads: int):
     for n in LENGTHS:
         oracle.same_pairs(counts(pattern, length=n, heads=heads).numpy(), truth(heads, n), str(pattern))
+
+
+@pytest.mark.parametrize(("pattern", "truth", "lengths"), BOUNDED)
+def test_patterns_that_know_their_length_are_those_of_the_oracle(
+    pattern: Callable[[int], Pattern], truth: Truth, lengths: list[int]
+):
+    for n in lengths:
+        claimed = counts(pattern(n), length=n, heads=4)
+        oracle.same_pairs(claimed.numpy(), truth(4, n), str(pattern(n)))
+        assert parse(str(pattern(n))) == pattern(n)
 
 
 def test_every_exported_pattern_has_an_oracle():
@@ -191,9 +368,7 @@ def test_the_period_of_a_head_changes_no_pair(pattern: Pattern):
         check_period(pattern.at_head(head, 4))
 
 
-@pytest.mark.parametrize(
-    "pattern", [pattern for pattern, _ in ATOMS + NAMED if not getattr(pattern, "varies", False)], ids=str
-)
+@pytest.mark.parametrize("pattern", [pattern for pattern, _ in ATOMS + NAMED if not getattr(pattern, "varies", False)], ids=str)
 def test_ranges_far_from_the_beginning_are_read_at_absolute_positions(pattern: Pattern):
     """A part of the mask is the mask of a part."""
     whole = counts(pattern, length=200, heads=4)
