@@ -133,7 +133,7 @@ def _repeated(whole: Region, size: int) -> Iterator[Region]:
         return
     grid = (size * step * side.step for step, side in zip(whole.term.steps, (whole.queries, whole.keys), strict=True))
     strips = _strips(whole, lcm(unit, *grid), whole.queries.start)
-    if strips is None:
+    if strips is None or strips.last - strips.first < 2:
         yield whole
     else:
         yield from strips.cut(cells=False)
@@ -173,7 +173,7 @@ class _Strips:
         begin = self.column + (self.first - self.before) * self.columns
         wide = self.around + 1
         yield from self._region(0, start, 0, self.column + (self.first + self.after) * self.columns)
-        for cell in range(wide) if cells else [0]:
+        for cell in (range(wide) if cells else [0]) if self.last > self.first else []:
             left = begin + cell * self.columns
             right = left + self.columns * (1 if cells else wide)
             yield from self._region(start, start + self.rows, left, right, self.last - self.first)
@@ -196,13 +196,11 @@ class _Strips:
 
 
 def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
-    """Return strips of `unit` positions that begin at `phase`, or None where fewer than two of them are equal."""
+    """Return strips of `unit` positions that begin at `phase`, or None where a strip may read anything."""
     queries, keys = whole.queries, whole.keys
     rows, columns = unit // queries.step, unit // keys.step
     row = -(-((phase - queries.start) % unit) // queries.step)
-    strips = (len(queries) - row) // rows
-    if strips < 2:
-        return None
+    strips = max(0, (len(queries) - row) // rows)
     start = queries.start + row * queries.step
     column = min(len(keys), max(0, -(-(start - whole.term.lead - keys.start) // keys.step)))
     # What holds for the strip after the last one, and for the first one up to a strip past the end, holds for all.
@@ -210,14 +208,12 @@ def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
     ends = column + np.arange(strips + 1) * columns
     left = _reads_nothing(whole.term, ending, keys, np.zeros_like(ends), ends)
     beginning = Progression.of(range(start, start + unit, queries.step))
-    right = _reads_nothing(whole.term, beginning, keys, ends[1:], np.full(strips, len(keys) + columns))
+    right = _reads_nothing(whole.term, beginning, keys, ends + columns, np.full_like(ends, len(keys) + columns))
     if not left.any() or not right.any():
         return None
     before, after = int(left[::-1].argmax()), int(right.argmax())
     first = max(0, -(-(before * columns - column) // columns))
-    last = min(strips, (len(keys) - column) // columns - after)
-    if last - first < 2:
-        return None
+    last = max(first, min(strips, (len(keys) - column) // columns - after))
     return _Strips(whole, row, rows, column, columns, before, after, first, last)
 
 
