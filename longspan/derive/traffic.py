@@ -1,0 +1,214 @@
+"""Traffic: which keys of one rank the queries of another read, in blocks, and the pairs that each rank computes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from longspan.derive.bins import bins
+from longspan.errors import ShapeError, message
+from longspan.layout import Layout
+from longspan.pattern import Pattern, Progression
+
+# Rectangles that are read at a time.
+_ABREAST = 1 << 18
+
+
+@dataclass(frozen=True, eq=False)
+class Traffic:
+    """The keys that ranks need from one another, as runs of places of the rank that holds them.
+
+    Runs are sorted by destination, source and place; a run lies in one piece of the source and is made of whole
+    blocks, each `size` places counted from the beginning of the piece (fewer at its end).
+
+    Attributes:
+        layout: who holds what.
+        size: places in a block.
+        destination, source, start, stop: int64 arrays, one entry per run.
+    """
+
+    layout: Layout
+    size: int
+    destination: np.ndarray
+    source: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks that move, each counted once for every rank that it goes to."""
+        return int((-(-(self.stop - self.start) // self.size)).sum())
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        """Keys that go from one rank to another, int64 `[destination, source]`."""
+        moved = np.zeros((self.layout.ranks, self.layout.ranks), dtype=np.int64)
+        np.add.at(moved, (self.destination, self.source), self.stop - self.start)
+        return moved
+
+    def runs(self, destination: int, source: int) -> tuple[range, ...]:
+        """Return the places of `source` that `destination` needs, ascending."""
+        low, high = np.searchsorted(self._pair, self._number(destination, source) + np.array([0, 1]))
+        return tuple(map(range, self.start[low:high].tolist(), self.stop[low:high].tolist()))
+
+    @cached_property
+    def _pair(self) -> np.ndarray:
+        return self._number(self.destination, self.source)
+
+    def _number(self, destination: np.ndarray | int, source: np.ndarray | int) -> np.ndarray:
+        return np.asarray(destination) * self.layout.ranks + source
+
+
+def traffic(pattern: Pattern, layout: Layout, *, heads: int = 1, size: int = 128) -> Traffic:
+    """Return the key blocks that each rank needs from each other rank.
+
+    Law: a key outside the runs is read by no query of the destination, in no head. The answer is safe: a block may be
+    named that nobody reads (where a formula is undecided over a whole block of queries and keys), never left out.
+
+    Args:
+        pattern: what is read.
+        layout: how positions lie on ranks.
+        heads: number of query heads; a block that one head reads is needed.
+        size: places in a block.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among `heads`.
+        ShapeError: a size below 1.
+
+    Example:
+        >>> from longspan.layout import contiguous
+        >>> from longspan.pattern import Causal, Sink, Window
+        >>> window = Causal() & (Window(4096) | Sink(4))
+        >>> traffic(window, contiguous(32768, ranks=8)).blocks
+        230
+        >>> traffic(Causal(), contiguous(32768, ranks=8)).blocks
+        896
+    """
+    if size < 1:
+        raise ShapeError(
+            message("A block holds at least one place.", {"asked": f"size={size}"}, fix="size=128")
+        )
+    table = _table(layout, size)
+    singles = dict.fromkeys(pattern.at_head(head, heads) for head in range(heads))
+    names = ["destination", "source", "start", "stop"]
+    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64) for _ in names]]
+    for destination, pieces in enumerate(layout.shards):
+        elsewhere = np.flatnonzero(table["rank"] != destination)
+        needed = np.zeros(len(elsewhere), dtype=bool)
+        for single in singles:
+            for piece in pieces:
+                open_ = np.flatnonzero(~needed)
+                needed[open_] = _read(single, piece, table[elsewhere[open_]], size)
+        found.append([np.full(0, 0), *_joined(table[elsewhere[needed]])])
+        found[-1][0] = np.full(len(found[-1][1]), destination)
+    return Traffic(layout, size, *(np.concatenate(column) for column in zip(*found, strict=True)))
+
+
+_BLOCK = np.dtype([(name, np.int64) for name in ("rank", "piece", "start", "stop", "low", "high", "step")])
+
+
+def _table(layout: Layout, size: int) -> np.ndarray:
+    """Return all key blocks: who holds them, at which places, and their positions."""
+    rows = [np.zeros(0, dtype=_BLOCK)]
+    for rank, shard in enumerate(layout.shards):
+        for number, (piece, taken) in enumerate(zip(shard, layout.pieces(rank), strict=True)):
+            made = np.zeros(-(-len(piece) // size), dtype=_BLOCK)
+            first = np.arange(len(made), dtype=np.int64) * size
+            last = np.minimum(first + size, len(piece))
+            made["rank"], made["piece"] = rank, number
+            made["start"], made["stop"] = taken.start + first, taken.start + last
+            made["low"], made["high"] = (piece.start + place * piece.step for place in (first, last - 1))
+            made["step"] = np.where(last - first > 1, piece.step, 0)
+            rows.append(made)
+    return np.concatenate(rows)
+
+
+def _read(pattern: Pattern, piece: range, keys: np.ndarray, size: int) -> np.ndarray:
+    """Say for each key block whether a query of the piece may read it, bool.
+
+    Queries are taken all at once, then in halves, down to blocks: what is proven empty is dropped, what is proven
+    full, or seen to hold a pair, is settled.
+    """
+    needed = np.zeros(len(keys), dtype=bool)
+    block = np.arange(len(keys))
+    first, last = np.zeros(len(keys), dtype=np.int64), np.full(len(keys), len(piece) - 1)
+    while len(block):
+        verdicts = [
+            _look(pattern, piece, keys[block[some]], first[some], last[some])
+            for some in (slice(begin, begin + _ABREAST) for begin in range(0, len(block), _ABREAST))
+        ]
+        empty, settled = (np.concatenate(parts) for parts in zip(*verdicts, strict=True))
+        needed[block[settled | (~empty & (last - first < size))]] = True
+        rest = ~empty & ~needed[block]
+        block, first, last = block[rest], first[rest], last[rest]
+        # Halves of whole blocks, so that all end on the same ones.
+        middle = first + (last - first + size) // (2 * size) * size
+        block = np.concatenate([block, block])
+        first, last = np.concatenate([first, middle]), np.concatenate([middle - 1, last])
+    return needed
+
+
+def _look(
+    pattern: Pattern, piece: range, keys: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say which rectangles of queries and keys hold no pair for certain, and which hold one for certain."""
+    low, high = (piece.start + place * piece.step for place in (first, last))
+    q = Progression(low, high, np.where(last > first, piece.step, 0))
+    k = Progression(keys["low"], keys["high"], keys["step"])
+    bracket = pattern.count(q, k)
+    empty = np.broadcast_to(bracket.empty, first.shape)
+    settled = np.broadcast_to(bracket.full, first.shape).copy()
+    # One pair that is read settles a rectangle: the queries at both ends are asked about a few of its keys.
+    asked = np.flatnonzero(~empty & ~settled)
+    for place in range(8):
+        at = (keys["stop"][asked] - keys["start"][asked] - 1) * place // 7
+        key = keys["low"][asked] + at * keys["step"][asked]
+        for query in (low[asked], high[asked]):
+            settled[asked] |= np.broadcast_to(pattern.count(query, key), asked.shape) > 0
+    return empty, settled
+
+
+def _joined(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Join neighbouring blocks of one piece: source, start and stop of each run."""
+    starts = np.ones(len(blocks), dtype=bool)
+    starts[1:] = (
+        (blocks["rank"][1:] != blocks["rank"][:-1])
+        | (blocks["piece"][1:] != blocks["piece"][:-1])
+        | (blocks["start"][1:] != blocks["stop"][:-1])
+    )
+    first = np.flatnonzero(starts)
+    last = np.append(first[1:], len(blocks))[: len(first)] - 1
+    return blocks["rank"][first], blocks["start"][first], blocks["stop"][last]
+
+
+def load(pattern: Pattern, layout: Layout, *, heads: int = 1) -> np.ndarray:
+    """Return the pairs that the queries of each rank read, over all heads: exact, int64 `[ranks]`.
+
+    Example:
+        >>> from longspan.layout import contiguous, zigzag
+        >>> from longspan.pattern import Causal
+        >>> load(Causal(), contiguous(8, ranks=2)).tolist(), load(Causal(), zigzag(8, ranks=2)).tolist()
+        ([10, 26], [18, 18])
+    """
+    alike = Counter(pattern.at_head(head, heads) for head in range(heads))
+    pairs = np.zeros(layout.ranks, dtype=np.int64)
+    for single, times in alike.items():
+        if layout.name == "striped":
+            pairs += times * np.array(
+                [sum(_pairs(single, piece, layout.length) for piece in shard) for shard in layout.shards]
+            )
+            continue
+        # Neighbouring positions are bins of one count over the whole text.
+        chunks = layout.ranks * (2 if layout.name == "zigzag" else 1)
+        binned = bins(single, length=layout.length, cells=(chunks, 1))[:, 0]
+        pairs += times * (
+            binned[: layout.ranks] + (binned[: layout.ranks - 1 : -1] if layout.name == "zigzag" else 0)
+        )
+    return pairs
+
+
+def _pairs(pattern: Pattern, queries: range, length: int) -> int:
+    return int(bins(pattern, queries=queries, keys=range(length), cells=(1, 1)).item())

@@ -1,0 +1,155 @@
+"""Layout: how the positions of a text lie on ranks, in pure arithmetic.
+
+A shard is what one rank holds: a few pieces, each an arithmetic progression of absolute positions, one after the
+other in the tensors of the rank. Its *places* count along those tensors from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from longspan.errors import ShapeError, message
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which positions each rank holds, and in which order.
+
+    Law: every position from 0 to `length - 1` lies on exactly one rank. The same layout must order the tokens, their
+    position ids and their labels.
+
+    Attributes:
+        name: "contiguous", "zigzag" or "striped".
+        length: tokens of the whole text.
+        shards: for each rank its pieces, ranges of positions none of which is empty; a rank may hold none.
+
+    Example:
+        >>> layout = zigzag(10, ranks=2)
+        >>> layout.shards
+        ((range(0, 2), range(7, 10)), (range(2, 5), range(5, 7)))
+        >>> layout.positions(0).tolist()
+        [0, 1, 7, 8, 9]
+    """
+
+    name: str
+    length: int
+    shards: tuple[tuple[range, ...], ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        return len(self.shards)
+
+    def places(self, rank: int) -> int:
+        """Return how many tokens a rank holds."""
+        return sum(map(len, self.shards[rank]))
+
+    def positions(self, rank: int) -> np.ndarray:
+        """Return the positions that a rank holds, in its order, int64: what cuts a shard from a whole tensor."""
+        return _positions(self.shards[rank])
+
+    def order(self) -> np.ndarray:
+        """Return where each position is found in the shards set side by side, int64: what joins them again."""
+        return np.argsort(_positions(piece for shard in self.shards for piece in shard))
+
+    def pieces(self, rank: int) -> tuple[range, ...]:
+        """Return the places that each piece of a rank takes in its tensors."""
+        taken, first = [], 0
+        for piece in self.shards[rank]:
+            taken.append(range(first, first + len(piece)))
+            first += len(piece)
+        return tuple(taken)
+
+    def span(self, rank: int, places: range) -> range:
+        """Return the positions of some neighbouring places of a rank, which must lie in one piece of it."""
+        for piece, taken in zip(self.shards[rank], self.pieces(rank), strict=True):
+            if taken.start <= places.start and places.stop <= taken.stop:
+                return piece[places.start - taken.start : places.stop - taken.start]
+        raise ShapeError(
+            message(
+                "These places do not lie in one piece of the shard.",
+                {
+                    "asked": f"places {places.start} to {places.stop} of rank {rank}",
+                    "pieces": f"{self.shards[rank]}",
+                },
+                fix="places inside one of layout.pieces(rank)",
+            )
+        )
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.length:,} tokens on {self.ranks:,} ranks"
+
+
+def _positions(pieces: Iterable[range]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(piece) for piece in pieces)])
+
+
+def contiguous(length: int, ranks: int) -> Layout:
+    """Give each rank neighbouring positions: rank r holds `length * r // ranks` up to `length * (r + 1) // ranks`.
+
+    Args:
+        length: tokens of the whole text, 0 or more; `ranks` need not divide it.
+        ranks: number of ranks, 1 or more.
+
+    Raises:
+        ShapeError: a negative length, no ranks.
+
+    Example:
+        >>> contiguous(10, ranks=3).shards
+        ((range(0, 3),), (range(3, 6),), (range(6, 10),))
+    """
+    _check(length, ranks)
+    return Layout("contiguous", length, tuple(_held(chunk) for chunk in _chunks(length, ranks)))
+
+
+def zigzag(length: int, ranks: int) -> Layout:
+    """Give each rank one chunk from the front and the one as far from the end: causal work is the same on all.
+
+    The text is cut into `2 * ranks` chunks, and rank r holds chunks r and `2 * ranks - 1 - r`. Arguments and errors
+    as for `contiguous`.
+
+    References:
+        Zhu, ring-flash-attention (github.com/zhuzilin/ring-flash-attention), zigzag.
+    """
+    _check(length, ranks)
+    chunks = _chunks(length, 2 * ranks)
+    return Layout("zigzag", length, tuple(_held(chunks[r], chunks[-1 - r]) for r in range(ranks)))
+
+
+def striped(length: int, ranks: int) -> Layout:
+    """Give rank r the positions r, `r + ranks`, `r + 2 * ranks`, ...: causal work is the same on all to a token.
+
+    A dilated pattern whose step is a multiple of `ranks` then needs nothing from other ranks. Arguments and errors as
+    for `contiguous`.
+
+    Example:
+        >>> striped(10, ranks=4).shards[1]
+        (range(1, 10, 4),)
+
+    References:
+        Brandon et al., Striped Attention (arXiv 2311.09431), section 3.
+    """
+    _check(length, ranks)
+    return Layout("striped", length, tuple(_held(range(r, length, ranks)) for r in range(ranks)))
+
+
+def _chunks(length: int, number: int) -> list[range]:
+    return [range(length * n // number, length * (n + 1) // number) for n in range(number)]
+
+
+def _held(*pieces: range) -> tuple[range, ...]:
+    return tuple(piece for piece in pieces if piece)
+
+
+def _check(length: int, ranks: int) -> None:
+    if length < 0 or ranks < 1:
+        raise ShapeError(
+            message(
+                "A layout lays 0 or more tokens on 1 or more ranks.",
+                {"asked": f"length={length}, ranks={ranks}"},
+                fix="zigzag(32768, ranks=8)",
+            )
+        )

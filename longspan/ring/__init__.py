@@ -1,0 +1,7 @@
+"""Attention across ranks: traffic says what to send, merge joins the parts."""
+
+from longspan.ring.attention import attend
+from longspan.ring.plan import STRATEGIES, Plan, plan
+from longspan.ring.transport import RankError
+
+__all__ = ["STRATEGIES", "Plan", "RankError", "attend", "plan"]

@@ -1,0 +1,134 @@
+"""The operation: attention over a pattern, by ranks that each hold a shard of the text."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from longspan.attend import attend as attend_alone
+from longspan.errors import LongspanError, message
+from longspan.layout import Layout
+from longspan.pattern import Pattern
+from longspan.ring import rotation, ulysses
+from longspan.ring.agreement import agree
+from longspan.ring.plan import STRATEGIES, settled
+from longspan.ring.transport import RankError
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    layout: Layout,
+    group: dist.ProcessGroup | DeviceMesh | None = None,
+    strategy: str | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attend across ranks: each holds a shard of queries, keys and values, and gets the output of its queries.
+
+    Law: the outputs of all ranks, joined by the layout, are `longspan.attend` on the whole tensors, and so are the
+    gradients. Every rank of the group calls it with the same arguments but its own shard.
+
+    Args:
+        query: `[batch, heads, places, width]`, the positions `layout.positions(rank)`.
+        key: `[batch, key heads, places, width]`, the same positions.
+        value: `[batch, key heads, places, value width]`.
+        pattern: which keys each query reads, and how often, in absolute positions.
+        layout: how positions lie on ranks: `contiguous`, `zigzag` or `striped` of `longspan.layout`.
+        group: a process group or a one-dimensional DeviceMesh, gloo on CPU or NCCL on GPU; None for all ranks.
+        strategy: "exchange", "ring", "ulysses" or "gather"; None takes the cheapest, see `longspan.ring.plan`.
+        scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+
+    Returns:
+        `[batch, heads, places, value width]` in the dtype of `query`.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among the heads.
+        PlanError: an unknown strategy, or no kernel that can run it.
+        RankError: ranks that differ, a shard of the wrong size, a rank that does not answer within the timeout of
+            the group; the message names rank and step.
+
+    Example:
+        A group of one rank; torchrun starts as many as there are.
+
+        >>> import tempfile
+        >>> from longspan import Causal
+        >>> from longspan.layout import zigzag
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        ...     query = key = value = torch.randn(1, 2, 16, 8)
+        ...     attend(query, key, value, Causal(), layout=zigzag(16, ranks=1)).shape
+        ...     dist.destroy_process_group()
+        torch.Size([1, 2, 16, 8])
+
+    References:
+        Liu et al., Ring Attention (arXiv 2310.01889), section 3; Jacobs et al., DeepSpeed Ulysses
+        (arXiv 2309.14509), section 3.
+    """
+    members = _members(group)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    sides = {"query": query, "key": key, "value": value}
+    described = {name: f"{[*side.shape[:2], *side.shape[3:]]} {side.dtype}" for name, side in sides.items()}
+    wants = torch.is_grad_enabled() and any(side.requires_grad for side in sides.values())
+    facts = {
+        "pattern": str(pattern),
+        "layout": str(layout),
+        **described,
+        "strategy": str(strategy),
+        "scale": repr(scale),
+        "gradients": "wanted" if wants else "not wanted",
+    }
+    agree(members, facts, _problem(query, key, value, pattern, layout, members, strategy))
+    if scale <= 0:
+        # PyTorch's kernel takes positive scales only.
+        query, scale = query * scale, 1.0
+    row = query.shape[0] * query.element_size()
+    heads, widths = (query.shape[1], key.shape[1]), (key.shape[3], value.shape[3])
+    shared = settled(pattern, layout, heads, widths, row, strategy)
+    run = ulysses if shared.strategy == "ulysses" else rotation
+    with torch.autocast(query.device.type, enabled=False):
+        return run.attend(query, key, value, shared, members, scale)
+
+
+def _members(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    if not dist.is_initialized():
+        raise RankError(
+            message(
+                "There is no process group.",
+                {"asked": "attention across ranks"},
+                fix="torch.distributed.init_process_group() in a program that torchrun starts",
+            )
+        )
+    if group is None:
+        return dist.group.WORLD
+    return group.get_group() if isinstance(group, DeviceMesh) else group
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    strategy: str | None,
+) -> str | None:
+    """Say what is wrong with the arguments of this rank, or None where nothing is."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if layout.ranks != ranks:
+        return f"the layout is for {layout.ranks} ranks, and there are {ranks}"
+    if strategy is not None and strategy not in STRATEGIES:
+        return f"there is no strategy called {strategy}, only {', '.join(STRATEGIES)}"
+    try:
+        # Attention of no tokens finds whatever is wrong with the tensors besides their length.
+        attend_alone(*(side[:, :, :0].detach() for side in (query, key, value)), pattern, queries=range(0))
+    except (LongspanError, IndexError) as error:
+        return str(error)
+    lengths = {side.shape[2] for side in (query, key, value)}
+    if lengths != {layout.places(rank)}:
+        return f"holds {layout.places(rank)} of {layout.length} tokens by its layout, got {sorted(lengths)}"
+    return None

@@ -1,0 +1,298 @@
+"""The plan: what each rank sends, receives and computes under a strategy, and what the others would cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from longspan.derive.cost import cost
+from longspan.derive.traffic import Traffic, load, traffic
+from longspan.errors import PlanError, ShapeError, message
+from longspan.layout import Layout
+from longspan.pattern import Pattern
+
+# In the order in which equal costs are decided.
+STRATEGIES = ("gather", "exchange", "ring", "ulysses")
+SIZE = 128
+_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+_SHOWN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How attention over a pattern is shared out among ranks. Print it to read it.
+
+    Bytes are those of keys and values (and, for "ulysses", queries and outputs) in one forward pass; `gradients` are
+    those that come on top in a backward pass.
+
+    Attributes:
+        pattern: what is read.
+        layout: how positions lie on ranks.
+        heads, key_heads: number of query heads and of key heads.
+        widths: numbers in a head's key, and in its value.
+        row: bytes of one number, times the batch.
+        strategy: "gather", "exchange", "ring" or "ulysses".
+        traffic: the key blocks that ranks need from one another.
+    """
+
+    pattern: Pattern
+    layout: Layout
+    heads: int
+    key_heads: int
+    widths: tuple[int, int]
+    row: int
+    strategy: str
+    traffic: Traffic
+
+    @cached_property
+    def moved(self) -> np.ndarray:
+        """Bytes that go from one rank to another in a forward pass, int64 `[receiver, sender]`."""
+        return self.moved_by(self.strategy)
+
+    def moved_by(self, strategy: str) -> np.ndarray:
+        """Return what `moved` would be under a strategy."""
+        if strategy == "ulysses":
+            return self.row * _swapped(self)
+        tokens = {"exchange": lambda: self.traffic.tokens, "ring": self._passed, "gather": self._spread}[
+            strategy
+        ]()
+        return tokens * self.token
+
+    @property
+    def token(self) -> int:
+        """Bytes of the key and value of one token."""
+        return self.row * self.key_heads * sum(self.widths)
+
+    @cached_property
+    def gradients(self) -> np.ndarray:
+        """Bytes that go from one rank to another in a backward pass, int64 `[receiver, sender]`."""
+        if self.strategy == "ulysses":
+            return self.moved.T
+        home = self.traffic.tokens.T * self.token
+        # Only a ring passes its keys round again; the others keep the few that they received.
+        return home + self.moved if self.strategy == "ring" else home
+
+    @property
+    def sent(self) -> np.ndarray:
+        """Bytes that each rank sends in a forward pass, int64 `[ranks]`."""
+        return self.moved.sum(axis=0)
+
+    @property
+    def received(self) -> np.ndarray:
+        """Bytes that each rank receives in a forward pass, int64 `[ranks]`."""
+        return self.moved.sum(axis=1)
+
+    @cached_property
+    def pairs(self) -> np.ndarray:
+        """Pairs that each rank computes, over all heads it works on, int64 `[ranks]`."""
+        if self.strategy != "ulysses":
+            return load(self.pattern, self.layout, heads=self.heads)
+        alone = {
+            head: cost(self.pattern.at_head(head, self.heads), length=self.layout.length).pairs
+            for head in range(self.heads)
+        }
+        return np.array(
+            [sum(alone[head] for head in self.share(rank)[0]) for rank in range(self.layout.ranks)]
+        )
+
+    @property
+    def balance(self) -> float:
+        """Pairs of the busiest rank over those of the mean: 1 is even."""
+        mean = self.pairs.mean()
+        return float(self.pairs.max() / mean) if mean else 1.0
+
+    @cached_property
+    def costs(self) -> dict[str, int]:
+        """Bytes that the busiest rank receives in a forward pass, for every strategy."""
+        return {name: int(self.moved_by(name).sum(axis=1).max()) for name in STRATEGIES}
+
+    def share(self, rank: int) -> tuple[range, range]:
+        """Return the query heads that a rank works on where heads are shared out, and the key heads they read."""
+        ranks = self.layout.ranks
+        mine = range(self.heads * rank // ranks, self.heads * (rank + 1) // ranks)
+        group = self.heads // self.key_heads
+        return mine, range(mine[0] // group, mine[-1] // group + 1) if mine else range(0)
+
+    def passed(self, source: int, step: int) -> tuple[range, ...]:
+        """Return the places of a source that reach the rank `step` after it on a ring: what is needed from there on."""
+        return self._passing[source][step]
+
+    @cached_property
+    def _passing(self) -> list[list[tuple[range, ...]]]:
+        ranks, passing = self.layout.ranks, []
+        for source in range(self.layout.ranks):
+            wanted: list[tuple[range, ...]] = [()] * (ranks + 1)
+            for step in range(ranks - 1, 0, -1):
+                runs = self.traffic.runs((source + step) % ranks, source)
+                wanted[step] = _union((*runs, *wanted[step + 1]), self.layout.pieces(source))
+            passing.append(wanted)
+        return passing
+
+    @cached_property
+    def spread(self) -> list[tuple[range, ...]]:
+        """The places of each rank that any other rank needs."""
+        ranks = range(self.layout.ranks)
+        return [
+            _union(
+                tuple(run for rank in ranks for run in self.traffic.runs(rank, source)),
+                self.layout.pieces(source),
+            )
+            for source in ranks
+        ]
+
+    def _passed(self) -> np.ndarray:
+        ranks = self.layout.ranks
+        tokens = np.zeros((ranks, ranks), dtype=np.int64)
+        for source in range(ranks):
+            for step in range(1, ranks):
+                runs = self.passed(source, step)
+                tokens[(source + step) % ranks, (source + step - 1) % ranks] += sum(map(len, runs))
+        return tokens
+
+    def _spread(self) -> np.ndarray:
+        tokens = np.array([sum(map(len, runs)) for runs in self.spread], dtype=np.int64)
+        return np.tile(tokens, (len(tokens), 1)) * ~np.eye(len(tokens), dtype=bool)
+
+    def __str__(self) -> str:
+        size = self.traffic.size
+        rows = [
+            ("pattern", str(self.pattern)),
+            ("layout", str(self.layout)),
+            ("heads", f"{self.heads} on {self.key_heads} key heads"),
+            ("strategy", self.strategy),
+            ("needed", f"{self.traffic.blocks:,} key blocks of {size} from other ranks"),
+            *(
+                ("would get", f"{name:<8} {cost:,} bytes on the busiest rank")
+                for name, cost in self.costs.items()
+            ),
+            ("balance", f"{self.balance:.3f}, the slowest rank over the mean"),
+        ]
+        lines = [f"  {label:<9} {text}" for label, text in rows]
+        for rank in range(min(self.layout.ranks, _SHOWN)):
+            lines.append(
+                f"  rank {rank:<4} sends {self.sent[rank]:,}, receives {self.received[rank]:,} bytes, "
+                f"computes {self.pairs[rank]:,} pairs"
+            )
+        if self.layout.ranks > _SHOWN:
+            lines.append(f"  and {self.layout.ranks - _SHOWN:,} more ranks")
+        return "\n".join(["Plan across ranks", *lines])
+
+
+def _union(runs: tuple[range, ...], pieces: tuple[range, ...]) -> tuple[range, ...]:
+    """Join runs of places that overlap or touch, but never across the edge of a piece."""
+    edges = {piece.start for piece in pieces}
+    joined: list[range] = []
+    for run in sorted(runs, key=lambda run: (run.start, run.stop)):
+        if joined and (
+            run.start < joined[-1].stop or (run.start == joined[-1].stop and run.start not in edges)
+        ):
+            joined[-1] = range(joined[-1].start, max(joined[-1].stop, run.stop))
+        else:
+            joined.append(run)
+    return tuple(joined)
+
+
+def _swapped(plan: Plan) -> np.ndarray:
+    """Return the numbers that go from rank to rank when tokens are swapped for heads and back."""
+    places = np.array([plan.layout.places(rank) for rank in range(plan.layout.ranks)], dtype=np.int64)
+    shares = [plan.share(rank) for rank in range(plan.layout.ranks)]
+    heads, key_heads = (np.array([len(share[side]) for share in shares], dtype=np.int64) for side in (0, 1))
+    there = np.outer(heads * plan.widths[0] + key_heads * sum(plan.widths), places)
+    back = np.outer(places, heads * plan.widths[1])
+    return (there + back) * ~np.eye(len(places), dtype=bool)
+
+
+def plan(
+    pattern: Pattern,
+    layout: Layout,
+    *,
+    heads: int = 1,
+    key_heads: int | None = None,
+    width: int = 64,
+    batch: int = 1,
+    dtype: str = "float32",
+    strategy: str | None = None,
+) -> Plan:
+    """Return what `longspan.ring.attend` would do, without doing it and without any other rank.
+
+    Law: the bytes of the plan are those that are sent, exactly, and its traffic names every key that is read.
+
+    Args:
+        pattern: what is read.
+        layout: how positions lie on ranks.
+        heads: number of query heads.
+        key_heads: number of key heads; None for as many as query heads.
+        width: numbers in a head's key and in its value.
+        batch: rows of the batch.
+        dtype: "float64", "float32", "bfloat16" or "float16".
+        strategy: "exchange" (owners send the blocks that `traffic` names), "ring" (blocks go from neighbour to
+            neighbour for as long as somebody further on needs them), "ulysses" (tokens are swapped for heads),
+            "gather" (owners broadcast what anybody needs); None takes the one whose busiest rank receives least.
+            A ring is taken only where a rank needs half of all keys or more, "exchange" and "gather" only where
+            none does, "ulysses" only where every rank has a head.
+
+    Returns:
+        A Plan; `print` shows it.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among `heads`.
+        PlanError: an unknown strategy.
+        ShapeError: an unknown dtype, key heads that do not divide the heads.
+
+    Example:
+        >>> from longspan import Streaming
+        >>> from longspan.layout import contiguous
+        >>> found = plan(Streaming(4096, sinks=4), contiguous(32768, ranks=8), heads=8, key_heads=2)
+        >>> found.strategy, found.traffic.blocks
+        ('exchange', 230)
+    """
+    if dtype not in _BYTES:
+        raise ShapeError(
+            message("There is no such dtype here.", {"asked": dtype}, fix=f"one of {', '.join(_BYTES)}")
+        )
+    key_heads = heads if key_heads is None else key_heads
+    if heads < 1 or key_heads < 1 or heads % key_heads:
+        raise ShapeError(
+            message(
+                f"{heads} query heads cannot share {key_heads} key heads equally.",
+                {"asked": f"heads={heads}, key_heads={key_heads}"},
+                fix="a number of key heads that divides the number of query heads",
+            )
+        )
+    if strategy is not None and strategy not in STRATEGIES:
+        raise PlanError(
+            message(
+                f"There is no strategy called {strategy}.",
+                {"asked": str(strategy)},
+                fix=f"one of {', '.join(STRATEGIES)}",
+            )
+        )
+    return settled(pattern, layout, (heads, key_heads), (width, width), batch * _BYTES[dtype], strategy)
+
+
+@lru_cache(maxsize=64)
+def settled(
+    pattern: Pattern,
+    layout: Layout,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    row: int,
+    strategy: str | None,
+) -> Plan:
+    """Return the plan of checked arguments, with the cheapest strategy where none is given."""
+    between = traffic(pattern, layout, heads=heads[0], size=SIZE)
+
+    def planned(name: str) -> Plan:
+        return Plan(pattern, layout, *heads, widths, row, name, between)
+
+    if strategy is not None:
+        return planned(strategy)
+    others = layout.length - np.array([layout.places(rank) for rank in range(layout.ranks)])
+    dense = bool((2 * between.tokens.sum(axis=1) >= np.maximum(others, 1)).any())
+    able = ["ring"] if dense else ["gather", "exchange"]
+    if layout.ranks <= heads[0]:
+        able.append("ulysses")
+    whole = planned(able[0])
+    return planned(min(able, key=whole.costs.__getitem__))

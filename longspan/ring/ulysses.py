@@ -1,0 +1,137 @@
+"""Ulysses: tokens are swapped for heads, so that each rank sees the whole text with a few heads, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from longspan.attend import attend as attend_alone
+from longspan.layout import Layout
+from longspan.pattern import PerHead
+from longspan.ring.plan import Plan
+from longspan.ring.transport import reaching
+
+# For each rank the heads that it works on, for each of the tensors that are swapped together.
+Shares = list[tuple[range, ...]]
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: dist.ProcessGroup, scale: float
+) -> Tensor:
+    """Return the output of this rank's queries, differentiable; every rank of the group calls it alike."""
+    layout, rank = plan.layout, dist.get_rank(group)
+    both = [plan.share(other) for other in range(layout.ranks)]
+    query, key, value = _Swap.apply(
+        layout, group, [(mine, read, read) for mine, read in both], query, key, value
+    )
+    order = torch.from_numpy(layout.order()).to(query.device)
+    heads, key_heads = both[rank]
+    if heads:
+        # Neighbouring query heads read neighbouring key heads; where they do not share them equally, each gets its own.
+        group_size = plan.heads // plan.key_heads
+        if len(heads) % len(key_heads) or any(
+            (head // group_size - key_heads[0]) != number // (len(heads) // len(key_heads))
+            for number, head in enumerate(heads)
+        ):
+            own = torch.tensor([head // group_size - key_heads[0] for head in heads], device=key.device)
+            key, value = key[:, own], value[:, own]
+        pattern = PerHead([plan.pattern.at_head(head, plan.heads) for head in heads])
+        positions = range(layout.length)
+        output = attend_alone(
+            *(side[:, :, order] for side in (query, key, value)), pattern, queries=positions, scale=scale
+        )
+        output = output[:, :, torch.argsort(order)]
+    else:
+        # Without a head there is no output, but the gradients of this rank's tokens still come from the others.
+        nothing = query.sum() + key.sum() + value.sum()
+        output = nothing + query.new_zeros((*query.shape[:3], value.shape[3]))
+    return _Return.apply(layout, group, [(mine,) for mine, _ in both], output)[0]
+
+
+class _Swap(torch.autograd.Function):
+    """All heads of this rank's tokens, for all tokens of this rank's heads."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, group: dist.ProcessGroup, shares: Shares, *sides: Tensor) -> Any:
+        ctx.given = layout, group, shares, [side.shape[1] for side in sides]
+        return _to_heads(layout, group, shares, sides, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        layout, group, shares, heads = ctx.given
+        return (None, None, None, *_to_tokens(layout, group, shares, grads, heads, "backward"))
+
+
+class _Return(torch.autograd.Function):
+    """All tokens of this rank's heads, for all heads of this rank's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, layout: Layout, group: dist.ProcessGroup, shares: Shares, *sides: Tensor) -> Any:
+        ctx.given = layout, group, shares
+        heads = [sum(len(share[place]) for share in shares) for place in range(len(sides))]
+        return _to_tokens(layout, group, shares, sides, heads, "forward")
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return (None, None, None, *_to_heads(*ctx.given, grads, "backward"))
+
+
+def _to_heads(
+    layout: Layout, group: dist.ProcessGroup, shares: Shares, sides: tuple[Tensor, ...], label: str
+) -> tuple[Tensor, ...]:
+    rank, places = dist.get_rank(group), [layout.places(other) for other in range(layout.ranks)]
+    leaving = [[side[:, share[n].start : share[n].stop] for n, side in enumerate(sides)] for share in shares]
+    shapes = [
+        [(side.shape[0], len(shares[rank][n]), count, side.shape[3]) for n, side in enumerate(sides)]
+        for count in places
+    ]
+    came = _all_to_all(leaving, shapes, group, label)
+    return tuple(torch.cat(side, dim=2) for side in zip(*came, strict=True))
+
+
+def _to_tokens(
+    layout: Layout,
+    group: dist.ProcessGroup,
+    shares: Shares,
+    sides: tuple[Tensor, ...],
+    heads: list[int],
+    label: str,
+) -> tuple[Tensor, ...]:
+    rank, places = dist.get_rank(group), [layout.places(other) for other in range(layout.ranks)]
+    leaving = list(zip(*(side.split(places, dim=2) for side in sides), strict=True))
+    shapes = [
+        [(side.shape[0], len(share[n]), places[rank], side.shape[3]) for n, side in enumerate(sides)]
+        for share in shares
+    ]
+    came = _all_to_all(leaving, shapes, group, label)
+    whole = []
+    for n, (side, number) in enumerate(zip(sides, heads, strict=True)):
+        # A key head that several ranks read has come from all of them: gradients add up.
+        joined = side.new_zeros((side.shape[0], number, places[rank], side.shape[3]))
+        for share, pieces in zip(shares, came, strict=True):
+            joined[:, share[n].start : share[n].stop] += pieces[n]
+        whole.append(joined)
+    return tuple(whole)
+
+
+def _all_to_all(
+    leaving: Any, shapes: list[list[tuple[int, ...]]], group: dist.ProcessGroup, label: str
+) -> list[list[Tensor]]:
+    """Send each rank its tensors, and return those that each rank sent, of the shapes known beforehand."""
+    rows = [torch.cat([side.reshape(-1) for side in sides]) for sides in leaving]
+    sizes = [[int(np.prod(shape)) for shape in given] for given in shapes]
+    buffer = rows[0].new_empty(sum(map(sum, sizes)))
+    rank = dist.get_rank(group)
+    with reaching(rank, "the other ranks", f"swapping tokens for heads, {label}"):
+        dist.all_to_all_single(
+            buffer, torch.cat(rows), list(map(sum, sizes)), [len(row) for row in rows], group=group
+        )
+    came = buffer.split(list(map(sum, sizes)))
+    return [
+        [flat.view(shape) for flat, shape in zip(row.split(size), given, strict=True)]
+        for row, size, given in zip(came, sizes, shapes, strict=True)
+    ]

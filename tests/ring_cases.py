@@ -1,0 +1,148 @@
+"""What ranks are asked in tests, and what they do with it: run in their own processes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from test_kernel_matrix import PATTERNS
+
+from longspan import Causal, PerHead, SlidingWindow, attend, ring
+from longspan.layout import Layout, contiguous, striped, zigzag
+from longspan.pattern import Pattern
+from longspan.ring.plan import settled
+
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+# Blocks so small that a short text has many.
+SIZE = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention, but for the layout and the strategy.
+
+    Attributes:
+        heads: query heads and key heads.
+        widths: of keys and values.
+    """
+
+    pattern: Pattern
+    length: int
+    dtype: torch.dtype
+    heads: tuple[int, int] = (4, 2)
+    widths: tuple[int, int] = (8, 8)
+    batch: int = 2
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Return query, key, value and the gradient of the output, of the whole text."""
+        generator = torch.Generator().manual_seed(self.length)
+        shapes = [
+            (self.batch, self.length, heads, width)
+            for heads, width in (
+                (self.heads[0], self.widths[0]),
+                (self.heads[1], self.widths[0]),
+                (self.heads[1], self.widths[1]),
+                (self.heads[0], self.widths[1]),
+            )
+        ]
+        return [
+            torch.randn(shape, generator=generator, dtype=torch.float64).to(self.dtype).transpose(1, 2)
+            for shape in shapes
+        ]
+
+    def alone(self) -> list[torch.Tensor]:
+        """Return output and gradients of one process, by the definition."""
+        *given, into = self.tensors()
+        leaves = [side.requires_grad_() for side in given]
+        output = attend(*leaves, self.pattern, kernel="reference")
+        return [output.detach(), *torch.autograd.grad(output, leaves, into)]
+
+
+EVERY = [Case(pattern, 97, torch.float64) for pattern in PATTERNS]
+OTHERS = [
+    Case(pattern, length, dtype, heads, widths, batch)
+    for pattern in (SlidingWindow(9), Causal(), PerHead([Causal(), SlidingWindow(20)]))
+    for length, dtype, heads, widths, batch in (
+        (1, torch.float64, (4, 4), (8, 8), 1),
+        (2, torch.float32, (4, 1), (8, 8), 2),
+        (31, torch.float32, (2, 1), (5, 9), 3),
+        (129, torch.float32, (6, 3), (8, 8), 1),
+    )
+]
+CASES = EVERY + OTHERS
+
+
+def compare(rank: int, truths: Path) -> list[str]:
+    """Hold every case, under every strategy, to one process, and its bytes to the plan; return what is wrong."""
+    # The module, which the function of the same name hides in its package.
+    sys.modules["longspan.ring.plan"].SIZE = SIZE
+    wrong = []
+    ranks = dist.get_world_size()
+    for number, (case, truth) in enumerate(zip(CASES, torch.load(truths), strict=True)):
+        for turn, strategy in enumerate(ring.STRATEGIES):
+            # Every pattern meets every layout, under another strategy.
+            name = list(LAYOUTS)[(number + turn) % 3]
+            layout = LAYOUTS[name](case.length, ranks)
+            wrong += [
+                f"{case} on {layout} by {strategy}: {fault}"
+                for fault in faults(rank, case, truth, layout, strategy)
+            ]
+    return wrong
+
+
+def faults(
+    rank: int, case: Case, truth: list[torch.Tensor], layout: Layout, strategy: str | None
+) -> Iterator[str]:
+    at = torch.from_numpy(layout.positions(rank))
+    *given, into = (side[:, :, at] for side in case.tensors())
+    leaves = [side.requires_grad_() for side in given]
+    with sending() as forward:
+        output = ring.attend(*leaves, case.pattern, layout=layout, strategy=strategy)
+    with sending() as backward:
+        gradients = torch.autograd.grad(output, leaves, into)
+    tolerance = 1e-12 if case.dtype == torch.float64 else 1e-6
+    for name, got, whole in zip(("output", "query", "key", "value"), (output, *gradients), truth, strict=True):
+        right = whole[:, :, at]
+        # Relative to the largest number of the whole, as sums over many keys are rounded to.
+        allowed = tolerance * max(1.0, whole.abs().max().item())
+        off = (got - right).abs().max().item() if right.numel() else 0.0
+        if got.shape != right.shape or not off <= allowed:
+            yield f"{name} is off by {off:.1e}"
+    planned = settled(
+        case.pattern, layout, case.heads, case.widths, case.batch * given[0].element_size(), strategy
+    )
+    for way, sent, column in (("forward", forward, planned.moved), ("backward", backward, planned.gradients)):
+        if sum(sent) != column[:, rank].sum():
+            yield f"{way} sent {sum(sent)} bytes, planned {column[:, rank].sum()}"
+
+
+@contextmanager
+def sending() -> Iterator[list[int]]:
+    """Collect the bytes that this rank sends to others, as torch.distributed is told to send them."""
+    sent: list[int] = []
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    kept = dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single
+
+    def batch(operations: list[dist.P2POp]) -> Any:
+        sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
+        return kept[0](operations)
+
+    def broadcast(tensor: torch.Tensor, *, group_src: int, **options: Any) -> Any:
+        sent.append((ranks - 1) * tensor.nbytes if group_src == rank else 0)
+        return kept[1](tensor, group_src=group_src, **options)
+
+    def all_to_all(out: torch.Tensor, given: torch.Tensor, outs: list[int], ins: list[int], **options: Any) -> Any:
+        sent.append(given.nbytes - ins[rank] * given.element_size())
+        return kept[2](out, given, outs, ins, **options)
+
+    dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = batch, broadcast, all_to_all
+    try:
+        yield sent
+    finally:
+        dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = kept
