@@ -14,7 +14,15 @@ from transformers import PretrainedConfig
 
 from longspan.errors import InputError, ShapeError, message
 from longspan.frequency import NTK, Frequency, Linear, Llama3, YaRN
-from longspan.hf.rope import KEYS, both_styles, from_config, parameters_of, positions, to_parameters
+from longspan.hf.rope import (
+    KEYS,
+    both_styles,
+    from_config,
+    head_width,
+    parameters_of,
+    positions,
+    to_parameters,
+)
 
 # Keys of a YaRN configuration whose value was chosen for one factor, and is wrong for another.
 _YARN_TEMPERATURE = ("attention_factor", "mscale", "mscale_all_dim")
@@ -141,7 +149,7 @@ def with_frequency(config: PretrainedConfig, frequency: Frequency, *, length: in
         ('llama3', 16384)
     """
     now = parameters_of(config)
-    written = to_parameters(frequency, width=_width(config))
+    written = to_parameters(frequency, width=head_width(config))
     if "partial_rotary_factor" in now:
         written["partial_rotary_factor"] = frequency.share
     return _with(config, written, positions(frequency, length), written["rope_type"])
@@ -260,7 +268,7 @@ def _check_goes_on(now: dict[str, Any], method: str) -> None:
 def _said(frequency: Frequency, now: dict[str, Any], config: PretrainedConfig, method: str) -> dict[str, Any]:
     """Return the parameters of a frequency, and those of the model's own that are none of its business."""
     try:
-        written = to_parameters(frequency, width=_width(config))
+        written = to_parameters(frequency, width=head_width(config))
     except ShapeError as error:
         raise InputError(str(error)) from error
     kept = {key: value for key, value in now.items() if key not in KEYS}
@@ -278,10 +286,6 @@ def _with(config: PretrainedConfig, parameters: dict[str, Any], length: int, met
         result.original_max_position_embeddings = parameters["original_max_position_embeddings"]
     _check_accepted(result, method)
     return result
-
-
-def _width(config: PretrainedConfig) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _already_scaled(now: dict[str, Any], method: str, reason: str) -> InputError:

@@ -192,6 +192,11 @@ def parameters_of(config: PretrainedConfig) -> dict[str, Any]:
     return _single(getattr(config, "rope_parameters", None), config.model_type)
 
 
+def head_width(config: PretrainedConfig) -> int:
+    """Return the numbers in a head, turned or not."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _single(parameters: Mapping[str, Any] | None, model_type: str) -> dict[str, Any]:
     model = {"model": model_type}
     if not parameters:
