@@ -80,7 +80,7 @@ def test_resuming_keeps_the_recipe(run, place):
     assert err.splitlines() == [
         "A run goes on by the recipe it began with.",
         "  asked   --resume with steps",
-        f"  recipe  {place}/full/recipe.json",
+        f"  recipe  {place}/full/recipe.yaml",
         f"  try     longspan extend --resume --output {place}/full",
     ]
 

@@ -71,7 +71,7 @@ def test_the_checkpoint_is_plain(source, text, tmp_path):
 
     folder = extension.extend(recipe(source, text), tmp_path / "out", progress=progress)
     held = {path.name for path in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.json"} <= held
+    assert {"config.json", "model.safetensors", "tokenizer.json", "recipe.yaml"} <= held
     assert "training" not in held and not any(name.startswith("adapter") for name in held)
     assert "longspan" not in (folder / "config.json").read_text().lower()
     before, after = (load_file(Path(place) / "model.safetensors") for place in (source, folder))

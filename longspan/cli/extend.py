@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,14 @@ def command(
         typer.Argument(
             metavar="MODEL",
             help="Folder or Hugging Face id; without it, the default model.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="YAML file with any of these options by name; what stands on the command line wins.",
             show_default=False,
         ),
     ] = None,
@@ -41,32 +48,100 @@ def command(
         str | None,
         typer.Option(metavar="linear|ntk|yarn", help="How positions are stretched.", show_default="yarn"),
     ] = None,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            metavar="F", help="Stretch this much further than the lengths ask for.", show_default="1.25"
+        ),
+    ] = None,
     pattern: Annotated[
         str | None,
         typer.Option(
             metavar="EXPRESSION",
-            help='What each query reads while training, such as "S2(1024)"; the result reads densely.',
+            help='What each query reads while training, such as "S2(1024)"; {1/4} is a quarter of the window, '
+            '";" stands between patterns of layers. The result reads densely.',
             show_default="the last 5/16 and the first 1/4",
+        ),
+    ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|lora|lora+|qlora",
+            help="Which weights are trained; lora+ is LoRA, and embeddings and norms whole.",
+            show_default="lora+",
+        ),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens of a training window; fewer than the length makes positions skip (PoSE).",
+            show_default="the length",
+        ),
+    ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Parts of the training, windows doubling in each.", show_default="1"),
+    ] = None,
+    documents: Annotated[
+        str | None,
+        typer.Option(
+            metavar="joined|packed",
+            help="Whether a window reads over the ends of documents.",
+            show_default="joined",
         ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="175")
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows per step.", show_default="1")
+        int | None, typer.Option(metavar="N", help="Windows at a time, on each device.", show_default="1")
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="How many times as many windows make a step.", show_default="1"),
     ] = None,
     rate: Annotated[
-        float | None, typer.Option(metavar="R", help="Peak learning rate.", show_default=False)
+        float | None,
+        typer.Option(metavar="R", help="Peak learning rate.", show_default="1.5e-3, 2e-5 for full"),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default=False)
+        int | None, typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default="16")
+    ] = None,
+    repeats: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Windows in which segments recur.", show_default="0"),
+    ] = None,
+    passkeys: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Windows that hide a passkey.", show_default="1")
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="kept|recomputed",
+            help="Recomputing them on the way back (gradient checkpointing) takes far less memory.",
+            show_default="kept",
+        ),
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            metavar="chunked|whole",
+            help="Logits of a few tokens at a time, or of all.",
+            show_default="chunked",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of all random choices.", show_default="0")
     ] = None,
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where the extended model goes; empty, or not there yet.")
-    ] = Path("extended"),
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where the extended model goes; empty, or not there yet.",
+            show_default="extended",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
@@ -82,31 +157,57 @@ def command(
     Stretches the positions, trains LoRA, embeddings and norms on long windows with a sparse pattern, and writes a
     plain Hugging Face checkpoint that needs no Longspan.
 
+    Killed at any moment, it goes on with --resume. The options are kept in recipe.yaml beside the result, and
+    --config with that file repeats the run. Several devices: torchrun --nproc-per-node 8 -m longspan extend ...
+
     Example: longspan extend --length 4096 --text novel.txt --output extended
     """
     asked: dict[str, Any] = {
         "model": model,
-        "length": None if length is None else parse_length(length),
+        "length": length,
         "text": text,
         "column": column,
         "rope": rope,
+        "margin": margin,
         "pattern": pattern,
+        "method": method,
+        "window": window,
+        "stages": stages,
+        "documents": documents,
         "steps": steps,
         "batch": batch,
+        "accumulate": accumulate,
         "rate": rate,
         "rank": rank,
+        "repeats": repeats,
+        "passkeys": passkeys,
+        "activations": activations,
+        "loss": loss,
         "seed": seed,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    if resume and given:
+    place = output or Path("extended")
+    if resume and (given or config):
+        named = ", ".join([*given, *(["config"] if config else [])])
         raise InputError(
             message(
                 "A run goes on by the recipe it began with.",
-                {"asked": f"--resume with {', '.join(given)}", "recipe": str(output / "recipe.json")},
-                fix=f"longspan extend --resume --output {output}",
+                {"asked": f"--resume with {named}", "recipe": str(place / "recipe.yaml")},
+                fix=f"longspan extend --resume --output {place}",
             )
         )
-    run(given, output, resume=resume, device=device)
+    if config is not None:
+        from longspan.extend.settings import read
+
+        held = read(config)
+        place = output or Path(held.pop("output", place))
+        device = device or held.pop("device", None)
+        held = {name: value for name, value in held.items() if name not in ("output", "device")}
+        given = held | given
+    for name in ("length", "window"):
+        if isinstance(given.get(name), str):
+            given[name] = parse_length(given[name])
+    run(given, place, resume=resume, device=device)
 
 
 def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None) -> None:
@@ -118,34 +219,45 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
     from longspan.extend.recipe import Recipe
 
     place = device_named(device)
+    first = extension.rank() == 0
     with Progress() as progress:
+
+        def note(text: str) -> None:
+            # Of several processes, one speaks.
+            if first:
+                progress.note(text)
 
         def task(name: str, done: int) -> Any:
             return progress.task(name, done=done)
 
         try:
             if resume:
-                extension.resume(output, device=place, progress=task)
+                extension.resume(output, device=place, progress=task if first else None)
             else:
                 recipe = Recipe(**given)
-                progress.note(described(recipe))
-                extension.extend(recipe, output, device=place, progress=task)
+                note(described(recipe))
+                extension.extend(recipe, output, device=place, progress=task if first else None)
         except extension.Interrupted as stop:
-            progress.note(f"stopped after step {stop.step} of {stop.steps}; nothing is lost")
-            progress.note(f"go on with: longspan extend --resume --output {output}")
+            note(f"stopped after step {stop.step} of {stop.steps}; nothing is lost")
+            note(f"go on with: longspan extend --resume --output {output}")
             raise typer.Exit(130) from None
-    typer.echo(
-        f"the extended model is in {output}; compare: longspan eval {given.get('model', 'default')} {output}"
-    )
+    if first:
+        typer.echo(
+            f"the extended model is in {output}; compare: longspan eval {given.get('model', 'default')} {output}"
+        )
 
 
 def described(recipe: Any) -> str:
     """Return one line that says what a recipe does."""
-    parts = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    return "extending {model} to {length:,} tokens: {rope}, {pattern}, {steps} steps of {batch} x {length:,} tokens of {text}".format(
-        **parts
-        | {
-            "model": recipe.model or "the default model",
-            "text": recipe.text or "the standard library",
-        }
-    )
+    model, text = recipe.model or "the default model", recipe.text or "the standard library"
+    parts = [recipe.rope, "; ".join(recipe.patterns(recipe.window))]
+    if recipe.method != "lora+":
+        parts.append(recipe.method)
+    if recipe.stages > 1:
+        parts.append(f"{recipe.stages} stages")
+    if recipe.window < recipe.length:
+        parts.append("positions that skip")
+    if recipe.documents == "packed":
+        parts.append("packed documents")
+    windows = f"{recipe.batch * recipe.accumulate} x {recipe.window:,} tokens"
+    return f"extending {model} to {recipe.length:,} tokens: {', '.join(parts)}, {recipe.steps} steps of {windows} of {text}"

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
-from longspan.extend.adapter import adapt, merge
+from longspan.extend import state as states
+from longspan.extend.adapter import adapt, causal_model, check_method, merge
 from longspan.extend.folder import OutputFolder
 from longspan.extend.recipe import Recipe
-from longspan.extend.training import Progress, train
+from longspan.extend.training import KEPT, Progress, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.config import extended
@@ -19,6 +22,8 @@ from longspan.hf.model import load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.text.documents import documents, split
 from longspan.text.encoding import encode
+
+Reporter = Callable[[str, int], Progress]
 
 
 class Interrupted(Exception):
@@ -34,16 +39,15 @@ class Interrupted(Exception):
 
 
 def extend(
-    recipe: Recipe,
-    output: str | Path,
-    *,
-    device: Any = "cpu",
-    progress: Callable[[str, int], Progress] | None = None,
+    recipe: Recipe, output: str | Path, *, device: Any = "cpu", progress: Reporter | None = None
 ) -> Path:
     """Extend a model to a longer context and write it as a plain checkpoint.
 
-    Positions are stretched in the configuration, then LoRA, embeddings and norms are trained on long windows with
-    the recipe's pattern, and merged. The result reads densely and needs nothing but transformers.
+    Positions are stretched in the configuration, then the weights that the method names are trained on long windows
+    with the recipe's pattern, and merged. The result reads densely and needs nothing but transformers.
+
+    Killed at any moment, it can be gone on with by `resume`, to the same result. Under torchrun or accelerate every
+    process calls this, and the first one alone writes.
 
     Args:
         recipe: what to do.
@@ -56,19 +60,23 @@ def extend(
         The folder.
 
     Raises:
-        InputError, PatternError: anything that cannot be done as asked, before the first step.
+        InputError, PatternError: anything that cannot be done as asked, before the first step; later, a disk that
+            is full or a loss that is no number, with the last state kept.
         Interrupted: the training was stopped by Ctrl-C; `resume` goes on with it.
     """
-    prepared = _Prepared(recipe, device)
     folder = OutputFolder(output)
-    folder.begin(recipe)
+    first = rank() == 0
+    if first:
+        folder.check()
+    prepared = _Prepared(recipe, device)
+    if first:
+        folder.require(prepared.written())
+        folder.begin(recipe)
     return prepared.run(folder, None, progress)
 
 
-def resume(
-    output: str | Path, *, device: Any = "cpu", progress: Callable[[str, int], Progress] | None = None
-) -> Path:
-    """Go on with a run that was interrupted, by the recipe it began with.
+def resume(output: str | Path, *, device: Any = "cpu", progress: Reporter | None = None) -> Path:
+    """Go on with a run that was interrupted, by the recipe it began with, from its last whole state.
 
     Raises:
         InputError: there is no unfinished run in the folder.
@@ -76,7 +84,11 @@ def resume(
     """
     folder = OutputFolder(output)
     recipe, state = folder.unfinished()
-    return _Prepared(recipe, device).run(folder, state, progress)
+    prepared = _Prepared(recipe, device)
+    if rank() == 0:
+        states.sweep(folder.training)
+        folder.require(prepared.written(kept=0))
+    return prepared.run(folder, state, progress)
 
 
 def stretched(recipe: Recipe) -> PretrainedConfig:
@@ -89,40 +101,64 @@ def stretched(recipe: Recipe) -> PretrainedConfig:
     return extended(config, method=recipe.rope, length=recipe.length, margin=recipe.margin)
 
 
+def rank() -> int:
+    """Return the number of this process among those that torchrun or accelerate started, 0 for one alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks() -> int:
+    """Return how many processes torchrun or accelerate started, 1 for one alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class _Prepared:
     """A recipe whose model, text and pattern have been found to fit together."""
 
     def __init__(self, recipe: Recipe, device: Any) -> None:
         self.recipe = recipe
-        pattern = parse(recipe.pattern)
-        config = stretched(recipe)
+        check_method(recipe.method)
+        patterns = [[parse(text) for text in recipe.patterns(window)] for window in recipe.windows]
+        self.config = config = stretched(recipe)
         # Every head must be able to read by the pattern; patterns for attention have no dropout.
-        pattern.at_head(0, config.num_attention_heads)
+        for pattern in {part for stage in patterns for part in stage}:
+            pattern.at_head(0, config.num_attention_heads)
         config.attention_dropout = 0.0
         training, _ = split(documents(recipe.text, column=recipe.column))
+        if ranks() > 1 and torch.device(device).type == "cuda":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         self.model, self.tokenizer = load_model(recipe.model, config=config, device=device)
         corpus = encode(training, self.tokenizer)
-        corpus.require(recipe.length, name="the text to train on")
-        self.windows = TrainingWindows(corpus, self.tokenizer, recipe, heads=config.num_attention_heads)
-        self.adapted = adapt(self.model, rank=recipe.rank)
-        set_pattern(self.adapted, pattern)
+        corpus.require(recipe.window, name="the text to train on")
+        self.windows = TrainingWindows(
+            corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks()
+        )
+        self.size = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
+        # Any of the patterns will do to find out that the model takes them.
+        set_pattern(causal_model(self.adapted), patterns[0] if len(patterns[0]) > 1 else patterns[0][0])
 
-    def run(
-        self, folder: OutputFolder, state: str | None, progress: Callable[[str, int], Progress] | None
-    ) -> Path:
+    def written(self, kept: int = KEPT) -> int:
+        """Return the bytes that the run writes at most: states that are kept, one more, and the result."""
+        return (kept + 1) * trained_bytes(self.adapted) + self.size
+
+    def run(self, folder: OutputFolder, state: Path | None, progress: Reporter | None) -> Path:
         recipe = self.recipe
-        done = int(state.rpartition("-")[2]) if state else 0
-        name = f"training on {recipe.length:,} tokens"
+        done = states.step(state) if state else 0
+        name = f"training on {recipe.window:,} tokens"
         steps = train(
             self.adapted,
             self.windows,
             recipe,
             folder=folder.training,
             state=state,
-            progress=progress and progress(name, done * recipe.length * recipe.batch),
+            progress=progress and progress(name, recipe.tokens(done)),
         )
         if steps < recipe.steps:
             raise Interrupted(steps, recipe.steps)
-        reset(self.adapted)
-        folder.finish(merge(self.adapted).eval(), self.tokenizer)
+        if rank() == 0:
+            reset(self.adapted)
+            folder.finish(merge(self.adapted, fresh=self._fresh).eval(), self.tokenizer)
         return folder.path
+
+    def _fresh(self) -> PreTrainedModel:
+        return load_model(self.recipe.model, config=self.config)[0]

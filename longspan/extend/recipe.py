@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+import difflib
+import re
+from dataclasses import dataclass, fields
+from numbers import Real
+from typing import Any
 
 from longspan.errors import InputError, message
 
-FILE = "recipe.json"
+METHODS = ("full", "lora", "lora+", "qlora")
+# LongLoRA's rate (arXiv 2309.12307, section 4.1) where every weight is trained, ours where few are.
+_RATES = {"full": 2e-5}
+_RATE = 1.5e-3
+
+_CHOICES = {
+    "method": METHODS,
+    "documents": ("joined", "packed"),
+    "activations": ("kept", "recomputed"),
+    "loss": ("chunked", "whole"),
+}
+_LEAST = {
+    "length": 2,
+    "window": 2,
+    "stages": 1,
+    "steps": 1,
+    "batch": 1,
+    "accumulate": 1,
+    "rank": 1,
+    "seed": 0,
+}
+_SHARE = re.compile(r"\{\s*(\d+)\s*/\s*([1-9]\d*)\s*\}")
 
 
 @dataclass(frozen=True)
@@ -20,21 +43,42 @@ class Recipe:
         text: file, folder or dataset id to train on; None is the standard library of this Python.
         column: column of a dataset that holds the text; None finds it.
         length: tokens the model shall read.
-        rope: how positions are stretched: "linear", "ntk" or "yarn".
-        pattern: what each query reads while training, an expression; the result reads densely. Left empty, the last
-            five sixteenths and the first quarter of the length.
+        rope: how positions are stretched, see `longspan.hf.config.extended`.
         margin: how much further positions are stretched than the lengths ask for, see
             `longspan.hf.config.rope_parameters`.
+        pattern: what each query reads while training, an expression; the result reads densely. `{1/4}` stands for a
+            quarter of the window. Several, with ";" between them, are one for each layer.
+        method: which weights are trained. "full": all; "lora": small matrices beside the projections of attention;
+            "lora+": those, and embeddings and norms whole (LongLoRA); "qlora": "lora" beside weights of 4 bits.
+        window: tokens of a training window, None for `length`. Where it is less, positions skip so that the window
+            reaches over all of `length` (PoSE).
+        stages: parts of the training, of equally many steps; the last has windows of full size, and every one
+            before half of the next.
+        documents: "joined": a window reads over the ends of documents; "packed": every document in it is read alone.
         steps: updates of the weights.
-        batch: windows per step.
-        rate: peak learning rate.
+        batch: windows at a time, on each device.
+        accumulate: how many times that many windows make one step.
+        rate: peak learning rate; None is 2e-5 for "full" and 1.5e-3 for the others.
         rank: rank of the LoRA matrices.
         repeats: share of windows in which segments recur.
         passkeys: share of windows that hide a passkey in their text; the rest is text alone.
+        activations: "kept" for the way back, or "recomputed" on it, layer by layer: a third more time, far less memory.
+        loss: "chunked": logits of few tokens at a time; "whole": of all, as the model does it.
         seed: of all random choices.
 
+    Raises:
+        InputError: a value of the wrong type or out of range, or two that do not go together.
+
+    Example:
+        >>> Recipe(length=1024).patterns(1024)
+        ('Streaming(320, sinks=256)',)
+        >>> Recipe(length=1024, stages=3).windows
+        (256, 512, 1024)
+
     References:
-        Chen et al., LongLoRA (arXiv 2309.12307), section 3.3: LoRA on the attention, embeddings and norms whole.
+        Chen et al., LongLoRA (arXiv 2309.12307), section 3.3: LoRA on the attention, embeddings and norms whole (its
+        "LoRA+", not the LoRA+ of arXiv 2402.12354). Zhu et al., PoSE (arXiv 2309.10400). Beltagy et al., Longformer
+        (arXiv 2004.05150), section 4.2, for the stages.
     """
 
     model: str | None = None
@@ -42,56 +86,111 @@ class Recipe:
     column: str | None = None
     length: int = 4096
     rope: str = "yarn"
-    pattern: str = ""
     margin: float = 1.25
+    pattern: str = "Streaming({5/16}, sinks={1/4})"
+    method: str = "lora+"
+    window: int | None = None
+    stages: int = 1
+    documents: str = "joined"
     steps: int = 175
     batch: int = 1
-    rate: float = 1.5e-3
+    accumulate: int = 1
+    rate: float | None = None
     rank: int = 16
     repeats: float = 0.0
     passkeys: float = 1.0
+    activations: str = "kept"
+    loss: str = "chunked"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.pattern:
-            recent, first = max(1, 5 * self.length // 16), max(1, self.length // 4)
-            object.__setattr__(self, "pattern", f"Streaming({recent}, sinks={first})")
-        for name, least in (("length", 2), ("steps", 1), ("batch", 1), ("rank", 1), ("seed", 0)):
+        for field in fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
+        if self.rate is None:
+            object.__setattr__(self, "rate", _RATES.get(self.method, _RATE))
+        if self.window is None:
+            object.__setattr__(self, "window", self.length)
+        for name, known in _CHOICES.items():
+            _check_choice(name, getattr(self, name), known)
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise _out_of_range(name, getattr(self, name), f"{least} or more")
         if not 1 <= self.margin <= 4:
             raise _out_of_range("margin", self.margin, "a factor from 1 to 4")
         if not 0 < self.rate < 1:
             raise _out_of_range("rate", self.rate, "a number between 0 and 1")
-        if min(self.repeats, self.passkeys) < 0 or self.repeats + self.passkeys > 1:
+        if not (self.repeats >= 0 and self.passkeys >= 0 and self.repeats + self.passkeys <= 1):
             shares = f"{self.repeats:g} and {self.passkeys:g}"
             raise _out_of_range("repeats and passkeys", shares, "shares that are at most 1 together")
+        if self.window > self.length:
+            raise _out_of_range("window", self.window, f"at most the length, {self.length}")
+        if self.stages > min(self.steps, self.window.bit_length() - 1):
+            raise _out_of_range(
+                "stages",
+                self.stages,
+                f"at most one for each of {self.steps} steps, and windows of 2 tokens or more",
+            )
+        if self.window < self.length and self.documents == "packed":
+            raise InputError(
+                message(
+                    "Positions that skip and packed documents do not go together.",
+                    {
+                        "asked": f"window {self.window} of length {self.length}, documents packed",
+                        "why": "where positions jump, a packed window begins another document",
+                    },
+                    fix="documents joined, or a window as long as the length",
+                )
+            )
 
-    def save(self, folder: Path) -> None:
-        """Write the recipe into a folder."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Tokens of a window in each stage."""
+        return tuple(self.window >> (self.stages - 1 - stage) for stage in range(self.stages))
 
-    @classmethod
-    def load(cls, folder: Path) -> Recipe:
-        """Read the recipe that `save` wrote.
+    def stage(self, step: int) -> int:
+        """Return the stage that a step belongs to, steps counted from 0."""
+        return min(step * self.stages // self.steps, self.stages - 1)
 
-        Raises:
-            InputError: there is none, or it cannot be read.
-        """
-        path = folder / FILE
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            known = {field.name for field in fields(cls)}
-            return cls(**{name: value for name, value in kept.items() if name in known})
-        except FileNotFoundError:
-            reason = f"it holds no {FILE}"
-        except (ValueError, TypeError, AttributeError) as error:
-            reason = f"its {FILE} cannot be read: {error}"
+    def tokens(self, steps: int) -> int:
+        """Return how many tokens one device has read after that many steps."""
+        counts = [0] * self.stages
+        for step in range(steps):
+            counts[self.stage(step)] += 1
+        read = sum(count * window for count, window in zip(counts, self.windows, strict=True))
+        return read * self.batch * self.accumulate
+
+    def patterns(self, window: int) -> tuple[str, ...]:
+        """Return the expressions of the pattern in a window of so many tokens: one, or one for each layer."""
+
+        def tokens(share: re.Match[str]) -> str:
+            return str(max(1, window * int(share[1]) // int(share[2])))
+
+        return tuple(part.strip() for part in _SHARE.sub(tokens, self.pattern).split(";"))
+
+
+def _check_type(name: str, kind: str, value: Any) -> None:
+    """Check a value against the annotation of its field: str, int or float, or None where that stands beside it."""
+    wanted, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return
+    fits = {
+        "str": isinstance(value, str),
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, Real) and not isinstance(value, bool),
+    }
+    if not fits[wanted]:
+        words = {"str": "text", "int": "a whole number", "float": "a number"}
+        raise _out_of_range(name, repr(value), words[wanted])
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)
         raise InputError(
             message(
-                "There is no run to resume in this folder.",
-                {"asked": str(folder), "because": reason},
-                fix="--output with the folder of an interrupted run, or leave out --resume",
+                "An option of the recipe has no such choice.",
+                {"asked": f"{name} {value}", "known": ", ".join(known)},
+                fix=near[0],
             )
         )
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -20,8 +25,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from longspan.errors import InputError, message
+from longspan.extend import state as states
+from longspan.extend.adapter import causal_model
+from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
 from longspan.extend.windows import TrainingWindows
+from longspan.hf.attention import set_pattern
+from longspan.pattern import parse
+
+# States that are kept, the last ones; while the next one is written there is one more.
+KEPT = 2
 
 
 class Progress(Protocol):
@@ -36,30 +50,35 @@ def train(
     recipe: Recipe,
     *,
     folder: Path,
-    state: str | None = None,
+    state: Path | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Train a model on the windows of a recipe and return the number of steps done.
 
     The first Ctrl-C ends the training after the step that is running and saves its state; a second one ends it at
-    once. A saved state goes on with the same windows, schedule and optimizer.
+    once. A saved state goes on with the same windows, schedule and optimizer, to the same weights.
 
     Args:
         model: what to train, with its trainable weights marked.
         windows: what to train on.
-        recipe: steps, batch, rate and seed.
+        recipe: what is read, steps, batch, rate and seed.
         folder: where states are saved.
         state: the state to go on from, None to begin.
         progress: called after every step.
 
     Returns:
         `recipe.steps`, or fewer where the training was interrupted.
+
+    Raises:
+        InputError: the loss or a gradient is not a finite number, before it has changed a weight; or a state
+            cannot be written. The last state that was saved is whole, and is kept.
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
+        gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, min(20, recipe.steps // 10)),
@@ -69,34 +88,99 @@ def train(
         use_cpu=on_cpu,
         seed=recipe.seed,
         logging_steps=1,
+        # It would put the average of earlier losses in the place of one that is not a number.
+        logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=max(10, recipe.steps // 10),
-        save_total_limit=2,
+        save_total_limit=KEPT,
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
     )
+    causal = causal_model(model)
     stop = _Stop()
-    reporting = _Reporting(recipe.length * recipe.batch, progress)
-    with warnings.catch_warnings(), _interrupts(stop):
+    reporting = _Reporting(recipe, progress)
+    keeping = _Keeping(folder, trained_bytes(model))
+    with (
+        warnings.catch_warnings(),
+        _interrupts(stop),
+        _recomputed(causal) if recipe.activations == "recomputed" else nullcontext(),
+        chunked(causal) if recipe.loss == "chunked" else nullcontext(),
+    ):
         # peft and the loader of states still use names that torch and transformers have renamed.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
-        trainer = Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[stop, reporting])
+        trainer = _Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[stop, reporting])
+        trainer.add_callback(keeping)
         # It prints every figure that the progress already shows.
         trainer.remove_callback(PrinterCallback)
-        trainer.train(resume_from_checkpoint=state)
-    # The Trainer leaves the model wrapped in autocast, which would change what it computes from now on.
-    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        try:
+            trainer.train(resume_from_checkpoint=state and str(state))
+        except (OSError, SafetensorError) as error:
+            raise keeping.failed(str(error)) from error
+        # The Trainer leaves the model wrapped in autocast, which would change what it computes from now on.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer.state.global_step
 
 
-def _bfloat16_is_fast(on_cpu: bool) -> bool:
-    """Say whether this machine multiplies in bfloat16 by instructions of its own."""
-    if on_cpu:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+def trained_bytes(model: nn.Module) -> int:
+    """Return the bytes of one state: everything trained, and Adam's two moments of it."""
+    return sum(
+        3 * weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad
+    )
+
+
+class _Trainer(Trainer):
+    """transformers' Trainer, which sets the pattern of each stage and stops at a loss that is no number."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.recipe: Recipe = self.train_dataset.recipe
+        self._window = 0
+        self._batch: dict[int, list[int]] = {}
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any, **options: Any
+    ) -> Tensor:
+        step = self.state.global_step
+        self._batch = {step: self._batch.get(step, []) + inputs.pop("window").tolist()}
+        window = inputs["input_ids"].shape[1]
+        if window != self._window:
+            parts = [parse(text) for text in self.recipe.patterns(window)]
+            set_pattern(causal_model(self.model), parts if len(parts) > 1 else parts[0])
+            self._window = window
+        loss = super().training_step(model, inputs, *rest, **options)
+        if not torch.isfinite(loss):
+            raise self._diverged(f"the loss is {float(loss)}")
+        if self.accelerator.sync_gradients:
+            gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                raise self._diverged(f"the norm of the gradient is {norm}")
+        return loss
+
+    def _get_train_sampler(self, *given: Any) -> Sampler | None:
+        # Stages come one after the other; windows of one stage may come in any order.
+        if self.recipe.stages > 1:
+            return SequentialSampler(self.train_dataset)
+        return super()._get_train_sampler(*given)
+
+    def _diverged(self, found: str) -> InputError:
+        last = states.last(Path(self.args.output_dir))
+        [(step, windows)] = self._batch.items()
+        return InputError(
+            message(
+                "The training has diverged, and was stopped before this step changed a weight.",
+                {
+                    "found": found,
+                    "step": f"{step + 1} of {self.state.max_steps}",
+                    "batch": f"windows {', '.join(map(str, windows))} of the text",
+                    "kept": f"the state after step {states.step(last)}, {last}" if last else "no state yet",
+                },
+                fix=f"a rate below {self.recipe.rate:g}, in a new output folder",
+            )
+        )
 
 
 class _Stop(TrainerCallback):
@@ -107,15 +191,21 @@ class _Stop(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
-        if self.asked:
+        asked = self.asked
+        if torch.distributed.is_initialized():
+            # All ranks stop after the same step, whichever heard of it first.
+            flag = torch.tensor(float(asked), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            asked = bool(flag)
+        if asked:
             control.should_save = control.should_training_stop = True
 
 
 class _Reporting(TrainerCallback):
     """Hands every logged loss on."""
 
-    def __init__(self, tokens: int, progress: Progress | None) -> None:
-        self.tokens, self.progress = tokens, progress
+    def __init__(self, recipe: Recipe, progress: Progress | None) -> None:
+        self.recipe, self.progress = recipe, progress
 
     def on_log(
         self,
@@ -126,9 +216,66 @@ class _Reporting(TrainerCallback):
         **options: Any,
     ) -> None:
         if self.progress is not None and logs and "loss" in logs:
-            self.progress(
-                state.global_step * self.tokens, state.max_steps * self.tokens, loss=float(logs["loss"])
+            done, total = (self.recipe.tokens(steps) for steps in (state.global_step, state.max_steps))
+            self.progress(done, total, loss=float(logs["loss"]))
+
+
+class _Keeping(TrainerCallback):
+    """Sees that there is room for a state before it is written, and marks it as whole after."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.size = folder, size
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        if control.should_save and args.should_save:
+            free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
+            if free < self.size:
+                raise self.failed(f"it takes {self.size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
+    ) -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if args.should_save:
+            states.seal(self.folder / f"checkpoint-{state.global_step}")
+
+    def failed(self, reason: str) -> InputError:
+        """Return the error for a state that cannot be written."""
+        last = states.last(self.folder)
+        return InputError(
+            message(
+                "The state of the training cannot be saved.",
+                {
+                    "asked": str(self.folder),
+                    "because": reason,
+                    "kept": f"the state after step {states.step(last)}" if last else "no state yet",
+                },
+                fix=f"make room, then longspan extend --resume --output {self.folder.parent}",
             )
+        )
+
+
+@contextmanager
+def _recomputed(model: Any) -> Iterator[None]:
+    """Let every layer compute its activations again on the way back, for as long as a block runs."""
+    # transformers has renamed these.
+    new = hasattr(model, "activation_checkpointing_enable")
+    kind = "activation" if new else "gradient"
+    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{kind}_checkpointing_disable")()
+
+
+def _bfloat16_is_fast(on_cpu: bool) -> bool:
+    """Say whether this machine multiplies in bfloat16 by instructions of its own."""
+    if on_cpu:
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 @contextmanager

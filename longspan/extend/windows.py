@@ -2,57 +2,92 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from longspan.extend.positions import restarting, skipping
 from longspan.extend.recipe import Recipe
 from longspan.pattern import Causal, Pattern, parse
 from longspan.text.corpus import Corpus
 from longspan.text.encoding import opening
-from longspan.text.passkey import passkey_prompt
+from longspan.text.passkey import passkey_prompt, shortest
 from longspan.text.repeats import repeated_segments
 
 # Depths that are tried; 41 are a hundred tokens apart in a window of 4,096.
 _DEPTHS = 41
+_IGNORED = -100
 
 
 class TrainingWindows(torch.utils.data.Dataset):
     """The windows of a recipe; number `n` is always the same.
 
     A window depends on the seed and its number alone, so a run that is interrupted goes on with the windows that
-    it would have seen. Each begins with what the tokenizer puts in front of a text.
+    it would have seen. Each begins with what the tokenizer puts in front of a text. Where a training has stages,
+    windows come in the order of their numbers.
 
     Args:
-        corpus: the text, of at least `recipe.length` tokens.
+        corpus: the text, of at least `recipe.window` tokens.
         tokenizer: its tokenizer.
         recipe: length of a window, number of windows, shares of the kinds of windows, pattern, seed.
         heads: query heads of the model.
+        ranks: devices that share the windows of a step.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, recipe: Recipe, *, heads: int) -> None:
-        self.corpus, self.tokenizer, self.recipe = corpus, tokenizer, recipe
-        self.depths = readable_depths(parse(recipe.pattern), length=recipe.length, heads=heads)
+    def __init__(self, corpus: Corpus, tokenizer: Any, recipe: Recipe, *, heads: int, ranks: int = 1) -> None:
+        self.corpus, self.tokenizer, self.recipe, self.heads = corpus, tokenizer, recipe, heads
+        self.per_step = recipe.batch * recipe.accumulate * ranks
         self.opening = np.asarray(opening(tokenizer), dtype=np.int64)
+        self.least = shortest(tokenizer) + len(self.opening)
+        # Where passkeys may stand depends on the stage alone, and is found once for each.
+        self.depths = cache(self._depths)
 
     def __len__(self) -> int:
-        return self.recipe.steps * self.recipe.batch
+        return self.recipe.steps * self.per_step
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        rng = np.random.default_rng((self.recipe.seed, number))
-        body = self._body(rng, self.recipe.length - len(self.opening))
+        recipe = self.recipe
+        rng = np.random.default_rng((recipe.seed, number))
+        window = recipe.windows[recipe.stage(number // self.per_step)]
+        body, starts = self._body(rng, window - len(self.opening), window)
         ids = torch.from_numpy(np.concatenate([self.opening, body]))
-        return {"input_ids": ids, "labels": ids}
+        item = {"input_ids": ids, "labels": ids, "window": torch.tensor(number)}
+        if recipe.documents == "packed":
+            # The opening belongs to the first document, as far as there is one.
+            starts = starts + len(self.opening)
+            labels = ids.clone()
+            # Nothing in a document says how the next one begins.
+            labels[starts] = _IGNORED
+            item |= {"labels": labels, "position_ids": torch.from_numpy(restarting(starts, window))}
+        if recipe.window < recipe.length:
+            positions = skipping(window, reach=recipe.length, rng=rng)
+            # Without a mask, positions that jump would begin another document.
+            item |= {"position_ids": torch.from_numpy(positions), "attention_mask": torch.ones_like(ids)}
+        return item
 
-    def _body(self, rng: np.random.Generator, length: int) -> np.ndarray:
+    def _body(self, rng: np.random.Generator, length: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens, and the places after the first where a document begins in them."""
         kind = rng.random()
+        one = np.zeros(0, dtype=np.int64)
         if kind < self.recipe.repeats:
-            return repeated_segments(self.corpus, length=length, rng=rng)
-        if kind < self.recipe.repeats + self.recipe.passkeys and len(self.depths):
-            depth = float(rng.choice(self.depths))
-            return passkey_prompt(self.tokenizer, self.corpus, length=length, depth=depth, rng=rng).ids
-        return self.corpus.window(rng, length)
+            return repeated_segments(self.corpus, length=length, rng=rng), one
+        if kind < self.recipe.repeats + self.recipe.passkeys and len(self.depths(window)):
+            depth = float(rng.choice(self.depths(window)))
+            return passkey_prompt(self.tokenizer, self.corpus, length=length, depth=depth, rng=rng).ids, one
+        start = int(rng.integers(0, len(self.corpus) - length + 1))
+        starts = self.corpus.starts - start
+        return self.corpus.ids[start : start + length], starts[(starts > 0) & (starts < length)]
+
+    def _depths(self, window: int) -> np.ndarray:
+        if window < self.least:
+            return np.zeros(0)
+        # One layer that reads so far is enough.
+        kept = np.zeros(_DEPTHS, dtype=bool)
+        for text in self.recipe.patterns(window):
+            kept |= np.isin(_TRIED, readable_depths(parse(text), length=window, heads=self.heads))
+        return _TRIED[kept]
 
 
 def readable_depths(pattern: Pattern, *, length: int, heads: int) -> np.ndarray:
@@ -66,10 +101,12 @@ def readable_depths(pattern: Pattern, *, length: int, heads: int) -> np.ndarray:
         >>> readable_depths(Streaming(64, sinks=64), length=256, heads=2)[[0, -1]]
         array([0., 1.])
     """
-    depths = np.linspace(0, 1, _DEPTHS)
-    places = np.round(depths * (length - 1)).astype(np.int64)
+    places = np.round(_TRIED * (length - 1)).astype(np.int64)
     question = np.asarray(length - 1)
     readable = np.ones(_DEPTHS, dtype=bool)
     for head in range(heads):
         readable &= (pattern.at_head(head, heads) & Causal()).contains(question, places)
-    return depths[readable]
+    return _TRIED[readable]
+
+
+_TRIED = np.linspace(0, 1, _DEPTHS)

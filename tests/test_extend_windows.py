@@ -1,0 +1,132 @@
+"""Windows: positions that skip, documents that are packed, stages that double."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny import byte_tokenizer, llama
+
+from longspan.errors import InputError
+from longspan.extend.positions import restarting, skipping
+from longspan.extend.recipe import Recipe
+from longspan.extend.windows import TrainingWindows
+from longspan.hf.attention import set_pattern
+from longspan.pattern import Causal
+from longspan.text.corpus import Corpus
+
+CORPUS = Corpus.from_ids([list(range(1, 200))] * 10, separator=256)
+
+
+def windows(**options) -> TrainingWindows:
+    recipe = Recipe(**{"steps": 8, "passkeys": 0.0} | options)
+    return TrainingWindows(CORPUS, byte_tokenizer(), recipe, heads=4)
+
+
+@pytest.mark.parametrize(("length", "reach"), [(2, 2), (2, 9), (9, 9), (7, 24)])
+def test_positions_skip_as_in_the_paper(length, reach):
+    """Both draws are uniform over all they may be, and independent: a chi-square test at one in a million."""
+    rng = np.random.default_rng(0)
+    halves, skips = -(-length // 2), reach - length + 1
+    counts = np.zeros((halves, skips))
+    draws = 100 * halves * skips
+    for _ in range(draws):
+        positions = skipping(length, reach=reach, rng=rng)
+        steps = np.diff(positions)
+        assert positions[0] == 0 and len(positions) == length and positions[-1] < reach
+        assert (steps != 1).sum() <= 1 and (steps >= 1).all()
+        skip = positions[-1] - (length - 1)
+        if skip:
+            first = int(np.argmax(steps)) + 1
+            assert first <= halves
+            counts[first - 1, skip] += 1
+        else:
+            counts[:, 0] += 1 / halves
+    expected = draws / counts.size
+    free = counts[:, 1:]
+    if free.size:
+        square = ((free - expected) ** 2 / expected).sum()
+        assert square < free.size + 6 * np.sqrt(2 * free.size)
+    assert abs(counts[:, 0].sum() - draws / skips) <= 6 * np.sqrt(draws / skips)
+
+
+def test_a_short_window_reaches_over_the_whole_length():
+    short = windows(length=1024, window=64, steps=200)
+    item = short[3]
+    assert item["input_ids"].shape == item["position_ids"].shape == (64,)
+    # Without a mask, attention would take the jump for the beginning of another document.
+    assert torch.equal(item["attention_mask"], torch.ones(64, dtype=torch.long))
+    ends = [int(short[number]["position_ids"][-1]) for number in range(200)]
+    assert max(ends) > 1000 and min(ends) < 120 and max(ends) < 1024
+
+
+def test_positions_that_skip_are_one_text():
+    """The last token still reads the first one, over the jump."""
+    model = llama(positions=1024).eval()
+    set_pattern(model, Causal())
+    item = windows(length=1024, window=32)[1]
+    inputs = {name: item[name][None] for name in ("input_ids", "position_ids", "attention_mask")}
+    other = inputs | {"input_ids": inputs["input_ids"].clone()}
+    other["input_ids"][0, 0] = 17
+    with torch.no_grad():
+        moved = model(**other).logits[0, -1] - model(**inputs).logits[0, -1]
+    assert moved.abs().max() > 1e-4
+
+
+def test_packed_documents_are_read_alone():
+    model = llama(positions=512).eval()
+    set_pattern(model, Causal())
+    item = windows(length=450, documents="packed")[0]
+    ids, positions, labels = item["input_ids"], item["position_ids"], item["labels"]
+    begins = (positions == 0).nonzero().flatten().tolist()
+    assert begins[0] == 0 and 2 <= len(begins) <= 4
+    assert [int(ids[begin - 1]) for begin in begins[1:]] == [256] * (len(begins) - 1)
+    assert [int(labels[begin]) for begin in begins[1:]] == [-100] * (len(begins) - 1)
+    assert int((labels == -100).sum()) == len(begins) - 1
+    with torch.no_grad():
+        packed = model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
+        for begin, end in zip(begins, [*begins[1:], 450], strict=True):
+            alone = model(input_ids=ids[None, begin:end]).logits[0]
+            torch.testing.assert_close(packed[begin:end], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_count_from_zero():
+    assert restarting(np.array([], dtype=np.int64), 3).tolist() == [0, 1, 2]
+    assert restarting(np.array([1, 2]), 4).tolist() == [0, 0, 0, 1]
+
+
+def test_stages_double_the_window_and_its_pattern():
+    staged = windows(length=256, stages=3, steps=7, batch=2, accumulate=2, pattern="SlidingWindow({1/4})")
+    sizes = [len(staged[number]["input_ids"]) for number in range(len(staged))]
+    steps = [sizes[4 * step] for step in range(7)]
+    assert steps == sorted(steps) == [64, 64, 64, 128, 128, 256, 256]
+    assert sizes == [size for size in steps for _ in range(4)]
+    assert staged.recipe.patterns(64) == ("SlidingWindow(16)",)
+    assert staged.recipe.tokens(7) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"length": 64, "window": 128}, "window 128"),
+        ({"length": 64, "stages": 7}, "stages 7"),
+        ({"stages": 9, "steps": 8}, "stages 9"),
+        ({"length": 64, "window": 32, "documents": "packed"}, "do not go together"),
+        ({"documents": "boxed"}, "documents boxed"),
+        ({"method": "lora++"}, r"try\s+lora\+"),
+        ({"steps": 1.5}, "steps 1.5"),
+        ({"steps": True}, "steps True"),
+        ({"rate": "fast"}, "rate 'fast'"),
+        ({"rate": float("nan")}, "rate nan"),
+        ({"passkeys": float("nan")}, "repeats and passkeys"),
+        ({"model": 7}, "model 7"),
+    ],
+)
+def test_recipes_that_cannot_be(options, problem):
+    with pytest.raises(InputError, match=problem):
+        Recipe(**options)
+
+
+def test_a_window_too_short_for_a_passkey_is_text():
+    short = windows(length=40, passkeys=1.0)
+    assert "pass key" not in byte_tokenizer().decode(short[0]["input_ids"])
