@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -55,7 +57,30 @@ def attend(
     scores = scores.masked_fill(silent.unsqueeze(-1), 0.0)
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(unread, 0.0)
-    return (weights @ value).to(dtype), lse.masked_fill(silent, -torch.inf)
+    output, lse = _Weighed.apply(weights, value, lse, unread)
+    return output.to(dtype), lse.masked_fill(silent, -torch.inf)
+
+
+class _Weighed(torch.autograd.Function):
+    """`weights @ value`, and the log-sum-exp as it is: rows of their gradients that are not finite become NaN for
+    the pairs that the rows read, and for no others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weights: Tensor, value: Tensor, lse: Tensor, unread: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weights, value, unread)
+        return weights @ value, lse.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        weights, value, unread = ctx.saved_tensors
+        rows = _spoiled(grad) | ~grad_lse.isfinite()
+        struck = (rows.unsqueeze(-1) & ~unread).any(dim=-2)
+        into_weights = grad.masked_fill(rows.unsqueeze(-1), torch.nan) @ value.transpose(-1, -2)
+        into_value = weights.transpose(-1, -2) @ grad.masked_fill(rows.unsqueeze(-1), 0.0)
+        into_lse = grad_lse.masked_fill(rows, torch.nan)
+        return into_weights, into_value.masked_fill(struck.unsqueeze(-1), torch.nan), into_lse, None
 
 
 def _distance(queries: range, keys: int) -> Tensor:

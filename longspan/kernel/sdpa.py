@@ -2,12 +2,16 @@
 
 Forward, each part gives an output and a log-sum-exp, merged as they come. Backward, each part is handed the merged
 output and log-sum-exp, which makes its gradients exact shares of the whole without recomputing the merge.
+
+Rectangles hold pairs that are not read, and 0 times NaN is NaN. So where a result is not finite, the rows of the
+tensors that are not are set to 0 and the work is done again; then NaN is written to all that read them, which a
+pass of equal weights over the same parts finds out. Finite tensors pay for one sum over the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -84,7 +88,7 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, work: Work
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp."""
-    output, lse = _merged(*_alike(query, key, value), work)
+    output, lse = _contained(*_alike(query, key, value), work)
     output = output[..., : value.shape[-1]]
     if sinks is not None:
         # A sink is a key with value 0: it takes its share of the weight and adds nothing.
@@ -125,7 +129,7 @@ def backward(
         sides = tuple(_wide(side, width) for side in sides)
         sides[3][..., column] = 1
         sides[4][..., column] = -grad_lse
-    grads = _accumulated(*_alike(*sides), lse, work)
+    grads = _contained_gradients(*_alike(*sides), lse, work)
     widths = (query.shape[-1], key.shape[-1], value.shape[-1])
     made = [grad[..., :width].to(query.dtype) for grad, width in zip(grads, widths, strict=True)]
     return made[0], made[1], made[2], grad_sinks
@@ -141,6 +145,72 @@ def _alike(*sides: Tensor) -> tuple[Tensor, ...]:
 def _wide(side: Tensor, width: int) -> Tensor:
     """Return a copy with columns of 0 added, which change no score and no sum of values."""
     return F.pad(side, (0, width - side.shape[-1]))
+
+
+def _contained(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
+    output, lse = _merged(query, key, value, work)
+    if output.sum().isfinite():
+        return output, lse
+    rows, keys = _spoiled(query), _spoiled(key) | _spoiled(value)
+    if not (rows.any() or keys.any()):
+        return output, lse
+    output, lse = _merged(_cleared(query, rows), _cleared(key, keys), _cleared(value, keys), work)
+    struck = (rows | _readers(keys, query, work)) & ~lse.isneginf()
+    return output.masked_fill_(struck.unsqueeze(-1), torch.nan), lse.masked_fill_(struck, torch.nan)
+
+
+def _contained_gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad_output: Tensor, output: Tensor, lse: Tensor, work: Work
+) -> list[Tensor]:
+    """Return the gradients, NaN for the rows that are not finite and for the keys that they read, and only there."""
+    sides = (query, key, value, grad_output, output)
+    grads = _accumulated(*sides, lse, work)
+    if all(grad.sum().isfinite() for grad in grads):
+        return grads
+    keys = _spoiled(key) | _spoiled(value)
+    rows = _spoiled(query) | _spoiled(grad_output) | _spoiled(output) | ~lse.isfinite()
+    if not (rows.any() or keys.any()):
+        return grads
+    rows |= _readers(keys, query, work)
+    spoiled = (rows, keys, keys, rows, rows)
+    cleared = (_cleared(side, where) for side, where in zip(sides, spoiled, strict=True))
+    grads = _accumulated(*cleared, lse.masked_fill(rows, 0.0), work)
+    struck = _read(rows, key, work)
+    rows &= _readers(torch.ones_like(keys), query, work)
+    for grad, where in zip(grads, (rows, struck, struck), strict=True):
+        grad.masked_fill_(where.unsqueeze(-1), torch.nan)
+    return grads
+
+
+def _spoiled(side: Tensor) -> Tensor:
+    """Say which rows of a tensor hold NaN or infinity."""
+    return ~side.isfinite().all(dim=-1)
+
+
+def _cleared(side: Tensor, rows: Tensor) -> Tensor:
+    return side.masked_fill(rows.unsqueeze(-1), 0.0)
+
+
+def _readers(keys: Tensor, query: Tensor, work: Work) -> Tensor:
+    """Return which queries read a key that is marked: the mean of the marks they read is above 0."""
+    marks = keys.to(torch.float64).unsqueeze(-1)
+    alike = torch.zeros(*query.shape[:-1], 1, dtype=torch.float64)
+    return _merged(alike, torch.zeros_like(marks), marks, _plainly(work))[0].squeeze(-1) > 0
+
+
+def _read(rows: Tensor, key: Tensor, work: Work) -> Tensor:
+    """Return which keys are read by a query that is marked: their share of its marks is above 0."""
+    marks = rows.to(torch.float64).unsqueeze(-1)
+    sides = torch.zeros_like(marks), *torch.zeros(2, *key.shape[:-1], 1, dtype=torch.float64)
+    lse = _merged(*sides, _plainly(work))[1]
+    lse = lse.masked_fill(lse.isneginf(), 0.0)
+    return _accumulated(*sides, marks, torch.zeros_like(marks), lse, _plainly(work))[2].squeeze(-1) > 0
+
+
+def _plainly(work: Work) -> Work:
+    """Return the same work over scores of 0."""
+    return replace(work, scale=1.0, slopes=None)
 
 
 def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
@@ -189,7 +259,9 @@ def _accumulated(
     return grads
 
 
-def _calls(query: Tensor, key: Tensor, work: Work, places: Any) -> Iterator[tuple[Call, Bias, Tensor | None]]:
+def _calls(
+    query: Tensor, key: Tensor, work: Work, places: Callable[[Part], int]
+) -> Iterator[tuple[Call, Bias, Tensor | None]]:
     """Yield the calls of the kernel, each with its bias and with what is to be added to its log-sum-exp."""
 
     def alone(part: Part) -> int:

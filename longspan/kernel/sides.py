@@ -56,9 +56,13 @@ def _without_triangles(part: Part) -> Iterator[Part]:
 
 def _small(part: Part, query: Lattice, key: Lattice, number: int, rows: int) -> Part:
     """Return the triangles on the diagonal of a large one, `number` of them with `rows` rows each."""
+    lower, inner = np.tri(rows, dtype=bool), part.shape[1]
+    if inner == 1:
+        # One call takes the rectangles of the inner level.
+        query, key = (replace(side, places=rows, inner=rows * side.step) for side in (query, key))
+        return Part(query, key, (1, number), lower, causal=False, fresh=part.fresh)
     query, key = (replace(side, places=rows, outer=rows * side.step) for side in (query, key))
-    lower = np.tri(rows, dtype=bool)
-    return Part(query, key, (number, part.shape[1]), lower, causal=False, fresh=part.fresh)
+    return Part(query, key, (number, inner), lower, causal=False, fresh=part.fresh)
 
 
 def _from(side: Lattice, place: int) -> Lattice:

@@ -1,0 +1,122 @@
+"""NaN and infinity stay with the pairs that are read: one row of garbage is no one else's garbage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from longspan import attend, attend_with_lse
+from longspan.derive.mask import mask
+from longspan.kernel import plan as plan_module
+from longspan.kernel import sdpa
+from longspan.kernel.parts import parts
+from longspan.kernel.plan import KERNELS
+from longspan.pattern import Causal, LongNet, Nothing, Pattern, PerHead, SlidingWindow, Streaming
+from longspan.score import ALiBi, Sinks
+
+LENGTH, HEADS, KEY_HEADS, WIDTH = 31, 4, 2, 8
+PATTERNS = [
+    SlidingWindow(7),
+    Streaming(5),
+    LongNet((8, 32), (1, 4)),
+    PerHead([Nothing(), ~Causal(), SlidingWindow(3), Causal()]),
+]
+
+
+@pytest.fixture(params=["large", "small"], autouse=True)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "small":
+        monkeypatch.setattr(plan_module, "parts", partial(parts, size=8))
+        monkeypatch.setattr(sdpa, "WORKSPACE", 4096)
+    plan_module.head_groups.cache_clear()
+    yield
+    plan_module.head_groups.cache_clear()
+
+
+def sides() -> list[torch.Tensor]:
+    """Return query, key, value, and what flows back into output and log-sum-exp."""
+    generator = torch.Generator().manual_seed(5)
+    heads = (HEADS, KEY_HEADS, KEY_HEADS, HEADS)
+    made = [torch.randn(2, h, LENGTH, WIDTH, generator=generator, dtype=torch.float64) for h in heads]
+    return [*made, torch.randn(2, HEADS, LENGTH, generator=generator, dtype=torch.float64)]
+
+
+def graded(given: list[torch.Tensor], pattern: Pattern, kernel: str, scores=()) -> list[torch.Tensor]:
+    leaves = [side.detach().requires_grad_() for side in given[:3]]
+    output, lse = attend_with_lse(*leaves, pattern, kernel=kernel, scores=scores)
+    return [output, lse, *torch.autograd.grad([output, lse], leaves, given[3:])]
+
+
+# What is spoiled, and by what; places are (batch, head, position).
+SPOILED = {
+    "query": (0, math.nan),
+    "key": (1, math.nan),
+    "value": (2, math.nan),
+    "value infinite": (2, math.inf),
+    "gradient": (3, math.nan),
+    "gradient infinite": (3, -math.inf),
+    "gradient of the log-sum-exp": (4, math.nan),
+    "gradient of the log-sum-exp infinite": (4, math.inf),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("scores", [(), (ALiBi(), Sinks(torch.ones(HEADS)))], ids=["plain", "changed"])
+def test_nothing_reaches_what_does_not_read_it(pattern: Pattern, scores: tuple, kernel: str):
+    read = mask(pattern, length=LENGTH, heads=HEADS).expand(2, -1, -1, -1)
+    for side, worst in SPOILED.values():
+        given = sides()
+        spoiled = [torch.zeros(tensor.shape[:3], dtype=torch.bool) for tensor in given]
+        for place in ((0, 1, 12), (1, 0, LENGTH - 1), (1, 1, 3)):
+            spoiled[side][place] = True
+        clean = [
+            tensor.masked_fill(where.view(*where.shape, *[1] * (tensor.dim() - 3)), 0.0)
+            for tensor, where in zip(given, spoiled, strict=True)
+        ]
+        for place in spoiled[side].nonzero().tolist():
+            given[side][tuple(place)].view(-1)[0] = worst
+        keys = (spoiled[1] | spoiled[2]).repeat_interleave(HEADS // KEY_HEADS, dim=1)
+        reads = read.any(-1)
+        struck = (spoiled[0] | (read & keys.unsqueeze(-2)).any(-1)) & reads
+        back = (struck | spoiled[3] | spoiled[4]) & reads
+        touched = (read & back.unsqueeze(-1)).any(-2).unflatten(1, (KEY_HEADS, -1)).any(2)
+        # What is not struck is as if the rows that are struck sent nothing back.
+        clean[3] = clean[3].masked_fill(back.unsqueeze(-1), 0.0)
+        clean[4] = clean[4].masked_fill(back, 0.0)
+        truth, got = graded(clean, pattern, kernel, scores), graded(given, pattern, kernel, scores)
+        expected = (struck, struck, back, touched, touched)
+        for name, one, right, where in zip(
+            ("output", "lse", "query", "key", "value"), got, truth, expected, strict=True
+        ):
+            assert one[where].isnan().all(), f"{name}: a number where NaN was read"
+            torch.testing.assert_close(one[~where], right[~where], rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_cache_filled_with_garbage_behind_the_text(kernel: str):
+    """A cache of fixed size holds memory that nobody wrote; no query reads it."""
+    query, key, value = sides()[:3]
+    full = [torch.cat([side, torch.full_like(side, math.nan)], dim=2) for side in (key, value)]
+    output = attend(query, *full, Causal(), queries=range(LENGTH), kernel=kernel)
+    torch.testing.assert_close(output, attend(query, key, value, Causal()), rtol=0, atol=1e-12)
+
+
+def test_large_numbers_are_left_as_they_are():
+    """A sum that overflows does not mean that anything in it is not finite."""
+    query, key, value = (side.float() for side in sides()[:3])
+    large = torch.full_like(value, 1e37)
+    output = attend(query, key, large, SlidingWindow(7))
+    torch.testing.assert_close(output, torch.full_like(output, 1e37))
+
+
+def test_finite_tensors_are_looked_at_once(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*given: object) -> None:
+        raise AssertionError("finite tensors were searched for NaN")
+
+    monkeypatch.setattr(sdpa, "_spoiled", refuse)
+    graded(sides(), SlidingWindow(7), "sdpa")
