@@ -1,0 +1,492 @@
+"""Layer: the cache of one attention layer, which holds exactly the keys that can still be read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.cache.pages import Pages, Pool
+from longspan.cache.reading import counts_at, read_masked, read_runs, read_slabs
+from longspan.cache.shelf import Shelf
+from longspan.cache.storage import Plain, Rounded, Storage
+from longspan.errors import PatternError, ShapeError, message
+from longspan.pattern import Causal, Pattern
+
+Rotate = Callable[[Tensor, Tensor, int], Tensor]
+
+
+class Cache:
+    """Keys and values of one attention layer: those that a later query may read, whatever the pattern, and no others.
+
+    Law: a text read through `attend` in pieces of any size gives what `longspan.attend` gives on the whole text with
+    `pattern & Causal()`. On every key head there lie the keys of `live(pattern, at=n - undo)` of its query heads, where
+    `n` was the length when room was last made, and at most `block` tokens beside them.
+
+    Rows of a batch may have different lengths. Keys carry no gradient.
+
+    Args:
+        pattern: what is read. A cache knows no future, so it is intersected with `Causal()`.
+        heads: number of query heads.
+        key_heads: number of key heads; None for as many as query heads.
+        block: tokens that are taken in before room is made again, at least 1.
+        undo: how many tokens `crop` can always take back, at least 0: their keys are held longer.
+        storage: None for tensors as they are; "int8" for eight bits, each number within 1 / 254 of the largest in its
+            token and head; or a `Pool` of pages that caches share.
+        rotate: a function of keys or queries `[batch, heads, tokens, width]`, their positions `[tokens]` and the length
+            of the text, that returns them turned. With it keys are held unturned, and are turned at every reading
+            with the length at that time: what frequencies that vary with the length need.
+        places: positions that `rotate` is told. "text" counts from the beginning of the text; "cache" counts the keys
+            that a query reads, which is how StreamingLLM stays inside the trained length.
+
+    Raises:
+        PatternError: a pattern that cannot be shared out among the heads.
+        ShapeError: numbers of heads that do not fit, or an option outside its range.
+
+    Example:
+        >>> from longspan import Streaming
+        >>> cache = Cache(Streaming(8, sinks=2), heads=4, key_heads=2, block=1)
+        >>> for _ in range(100):
+        ...     query, key = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
+        ...     output = cache.attend(query, key, key)
+        >>> cache.held(head=0)
+        [0, 1, 92, 93, 94, 95, 96, 97, 98, 99]
+        >>> print(cache)
+        Cache of Streaming(8, sinks=2): 100 tokens read, 10 held, 2,560 bytes
+
+    References:
+        Jiang et al., Mistral 7B (arXiv 2310.06825), section 2, the rolling buffer; Xiao et al., StreamingLLM (arXiv
+        2309.17453), section 3.2; Kwon et al., PagedAttention (arXiv 2309.06180), section 4.
+    """
+
+    def __init__(
+        self,
+        pattern: Pattern,
+        *,
+        heads: int,
+        key_heads: int | None = None,
+        block: int = 64,
+        undo: int = 0,
+        storage: str | Pool | None = None,
+        rotate: Rotate | None = None,
+        places: str = "text",
+    ) -> None:
+        key_heads = heads if key_heads is None else key_heads
+        if storage not in (None, "int8") and not isinstance(storage, Pool):
+            raise _refuse(f"There is no storage {storage!r}.", fix='None, "int8" or a Pool')
+        if places not in ("text", "cache"):
+            raise _refuse(f"Places are counted in the text or in the cache, got {places!r}.", fix='"text"')
+        if block < 1 or undo < 0:
+            raise _refuse(
+                f"A block holds a token or more, and nothing less than 0 is undone, got {block=}, {undo=}.",
+                fix="block=64, undo=0",
+            )
+        if key_heads < 1 or heads < 1 or heads % key_heads:
+            raise _refuse(
+                f"{heads} query heads cannot share {key_heads} key heads equally.",
+                fix="a number of key heads that divides the number of query heads",
+            )
+        self.pattern, self.heads, self.key_heads = pattern, heads, key_heads
+        self.block, self.undo, self.storage = block, undo, storage
+        self.rotate, self.places = rotate, places
+        self._readers = tuple((pattern & Causal()).at_head(head, heads) for head in range(heads))
+        self._shelves = self._sorted_heads()
+        self._lengths: Tensor | None = None
+        # No row can be cropped to below this length: some keys that it would read are gone.
+        self._floor = torch.zeros(0, dtype=torch.int64)
+        self._form: tuple = ()
+        # Whether all rows lie alike, so that one row of positions tells of all.
+        self._alike = True
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens read in each row of the batch, empty before the first."""
+        return [] if self._lengths is None else self._lengths.tolist()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take, free slots and scales included; pages that rows share count once."""
+        return sum(shelf.nbytes for shelf in self._shelves)
+
+    def held(self, *, head: int, row: int = 0) -> list[int]:
+        """Return the positions of the keys held for a query head, dead ones that wait for room included."""
+        shelf = next(shelf for shelf in self._shelves if head in shelf.heads)
+        positions = shelf.positions[min(row, len(shelf.positions) - 1)]
+        return sorted(positions[positions >= 0].tolist())
+
+    def __str__(self) -> str:
+        lengths = self.lengths
+        read = (
+            str(lengths[0] if lengths else 0)
+            if len(set(lengths)) < 2
+            else f"{min(lengths)} to {max(lengths)}"
+        )
+        most = max(int((shelf.positions >= 0).sum(1).max()) for shelf in self._shelves)
+        return f"Cache of {self.pattern}: {read} tokens read, {most} held, {self.nbytes:,} bytes"
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        real: Tensor | None = None,
+        start: int | Sequence[int] | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Read the next tokens: their queries attend to what is held and to one another, and their keys are taken in.
+
+        Where anything is refused, the cache stays as it was.
+
+        Args:
+            query: `[batch, heads, tokens, width]`, float.
+            key: `[batch, key heads, tokens, width]`, unturned where the cache turns.
+            value: `[batch, key heads, tokens, value width]`.
+            real: bool `[batch, tokens]`, false on padding, which is passed over and gives 0; None for no padding.
+            start: where the caller takes the tokens to begin, one number or one for each row; checked if given.
+            scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+
+        Returns:
+            `[batch, heads, tokens, value width]` in the dtype of `query`.
+
+        Raises:
+            ShapeError: tensors that do not fit together or not what was read before, keys that want a gradient, a
+                start that is not where the text ends, more tokens than a pool has pages for.
+        """
+        self._check(query, key, value, real, start)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if real is not None and bool(real.all()):
+            real = None
+        if real is not None and len(real) == 1:
+            # Of a single row, padding is simply left out.
+            output = query.new_zeros((*query.shape[:3], value.shape[3]))
+            output[:, :, real[0]] = self.attend(
+                *(side[:, :, real[0]] for side in (query, key, value)), scale=scale
+            )
+            return output
+        if self.places == "cache" and query.shape[2] > 1:
+            return self._one_by_one(query, key, value, real, scale)
+        fresh = self._lengths is None
+        if fresh:
+            self._begin(key, value)
+        try:
+            return self._attend(query, key, value, real, scale)
+        except BaseException:
+            if fresh:
+                self.reset()
+            raise
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Take back the last tokens of every row, as if they had never been read.
+
+        Args:
+            lengths: tokens that remain, one number or one for each row.
+
+        Raises:
+            ShapeError: more tokens than were read, or fewer than keys are held for.
+        """
+        rows = len(self.lengths)
+        wanted = torch.as_tensor(lengths).expand(rows).to(torch.int64).clone()
+        if rows and bool((wanted > self._lengths).any()):
+            raise self._refuse(
+                f"A crop to {wanted.tolist()} tokens is longer than what was read.",
+                "a length up to the present one",
+            )
+        if rows and bool(((wanted < self._floor) & (wanted < self._lengths)).any()):
+            raise self._refuse(
+                f"A crop to {wanted.tolist()} tokens would read keys that are gone; it can go back to {self._floor.tolist()}.",
+                "Cache(..., undo=tokens), which holds keys that much longer",
+            )
+        if not rows:
+            return
+        if len(set(wanted.tolist())) > 1:
+            self._set_apart()
+        for shelf in self._shelves:
+            shelf.crop(wanted.to(shelf.positions.device))
+        self._lengths = wanted
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows of the batch, which may repeat, in this order: beams, branches, finished rows."""
+        if self._lengths is None:
+            return
+        old = self._shelves
+        self._shelves = [shelf.select(rows) for shelf in old]
+        for shelf in old:
+            shelf.storage.release()
+        self._lengths, self._floor = self._lengths[rows.cpu()], self._floor[rows.cpu()]
+        self._form = (len(rows), *self._form[1:])
+
+    def fork(self) -> Cache:
+        """Return a cache that has read the same text and goes its own way; pages are shared until they differ."""
+        other = Cache(
+            self.pattern,
+            heads=self.heads,
+            key_heads=self.key_heads,
+            block=self.block,
+            undo=self.undo,
+            storage=self.storage,
+            rotate=self.rotate,
+            places=self.places,
+        )
+        if self._lengths is not None:
+            rows = torch.arange(len(self._lengths), device=self._shelves[0].positions.device)
+            other._shelves = [shelf.select(rows) for shelf in self._shelves]
+            other._lengths, other._floor = self._lengths, self._floor
+            other._form, other._alike = self._form, self._alike
+        return other
+
+    def reset(self) -> None:
+        """Forget everything, as if nothing had been read."""
+        for shelf in self._shelves:
+            if shelf.storage is not None:
+                shelf.storage.release()
+        self._shelves = self._sorted_heads()
+        self._lengths, self._floor, self._form, self._alike = None, self._floor[:0], (), True
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float) -> Tensor:
+        tokens = query.shape[2]
+        if real is not None:
+            self._set_apart()
+        arrived = torch.full_like(self._lengths, tokens) if real is None else real.sum(1).cpu()
+        ends = self._lengths + arrived
+        positions = self._next_positions(tokens, real, query.device)
+        held_from = (self._lengths - self.undo).clamp(min=0)
+        marks = []
+        try:
+            for shelf in self._shelves:
+                if shelf.make_room(tokens, held_from.numpy(), max(tokens, self.block)):
+                    self._floor = torch.maximum(self._floor, held_from)
+                marks.append((shelf, shelf.storage.used, shelf.positions))
+                shelf.append(_heads(key, shelf.key_heads), _heads(value, shelf.key_heads), positions)
+            output = self._read(query, positions, ends, scale)
+        except BaseException:
+            for shelf, used, before in marks:
+                shelf.storage.truncate(used)
+                shelf.positions = before
+            raise
+        self._lengths = ends
+        if tokens > self.block:
+            self._floor = (ends - self.undo).clamp(min=0)
+            for shelf in self._shelves:
+                shelf.tidy(self._floor.numpy(), self.block)
+        return output
+
+    def _read(self, query: Tensor, positions: Tensor, ends: Tensor, scale: float) -> Tensor:
+        outputs = []
+        for shelf in self._shelves:
+            asked = _heads(query, shelf.heads)
+            key, value = shelf.storage.read()
+            turns = self.rotate is not None
+            if len(positions) == 1 and (turns or query.shape[2] > self.block):
+                outputs.append(
+                    self._read_alike(
+                        shelf, asked, key, value, positions, shelf.positions, int(ends[0]), scale
+                    )
+                )
+            elif turns or query.shape[2] > self.block:
+                outputs.append(self._read_by_row(shelf, asked, key, value, positions, ends, scale))
+            else:
+                often = counts_at(_distinct(shelf.readers), positions, shelf.positions)
+                outputs.append(read_masked(asked, key, value, often, scale))
+        if len(outputs) == 1:
+            return outputs[0]
+        order = [head for shelf in self._shelves for head in shelf.heads]
+        return torch.cat(outputs, dim=1)[:, np.argsort(order).tolist()]
+
+    def _read_by_row(
+        self,
+        shelf: Shelf,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        ends: Tensor,
+        scale: float,
+    ) -> Tensor:
+        output = query.new_zeros((*query.shape[:3], value.shape[3]))
+        for row in range(len(query)):
+            asked, held = positions[row] >= 0, shelf.positions[row] >= 0
+            if asked.any():
+                output[row : row + 1, :, asked] = self._read_alike(
+                    shelf,
+                    query[row : row + 1, :, asked],
+                    key[row : row + 1, :, held],
+                    value[row : row + 1, :, held],
+                    positions[row : row + 1, asked],
+                    shelf.positions[row : row + 1, held],
+                    int(ends[row]),
+                    scale,
+                )
+        return output
+
+    def _read_alike(
+        self,
+        shelf: Shelf,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        positions: Tensor,
+        held: Tensor,
+        length: int,
+        scale: float,
+    ) -> Tensor:
+        """Read rows that lie alike: one row of positions, nobody's slots left out."""
+        readers = _distinct(shelf.readers)
+        if self.rotate is not None:
+            places, keys = positions[0], held[0]
+            if self.places == "cache":
+                read = counts_at(readers, positions, held)[0, 0, 0] > 0
+                keys, length = (read.cumsum(0) - 1).clamp(min=0), int(read.sum())
+                places = torch.full_like(places, length - 1)
+            query, key = self.rotate(query, places, length), self.rotate(key, keys, length)
+        if query.shape[2] > self.block:
+            found = read_runs(
+                query, key, value, shelf.readers, int(positions[0, 0]), held[0].cpu().numpy(), scale
+            )
+            if found is not None:
+                return found
+        return read_slabs(query, key, value, readers, positions, held, scale)
+
+    def _one_by_one(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float
+    ) -> Tensor:
+        """Read token by token: each turns the keys that it reads to places of their own."""
+        before = self.fork()
+        outputs = []
+        try:
+            for token in range(query.shape[2]):
+                now = slice(token, token + 1)
+                sides = (side[:, :, now] for side in (query, key, value))
+                outputs.append(self.attend(*sides, real=None if real is None else real[:, now], scale=scale))
+        except BaseException:
+            self.reset()
+            self.__dict__.update(before.__dict__)
+            raise
+        return torch.cat(outputs, dim=2)
+
+    def _next_positions(self, tokens: int, real: Tensor | None, device: torch.device) -> Tensor:
+        starts = (self._lengths[:1] if self._alike else self._lengths).to(device)[:, None]
+        if real is None:
+            return starts + torch.arange(tokens, device=device)
+        return (starts + real.cumsum(1) - 1).masked_fill(~real, -1)
+
+    def _set_apart(self) -> None:
+        """Give every row positions of its own."""
+        if self._alike:
+            self._alike = False
+            for shelf in self._shelves:
+                shelf.positions = shelf.positions.repeat(len(self._lengths), 1)
+
+    def _begin(self, key: Tensor, value: Tensor) -> None:
+        self._form = _form(key, value)
+        self._lengths = torch.zeros(len(key), dtype=torch.int64)
+        self._floor = self._lengths
+        for shelf in self._shelves:
+            shelf.begin(
+                self._new_storage(_heads(key, shelf.key_heads), _heads(value, shelf.key_heads)), key.device
+            )
+
+    def _new_storage(self, key: Tensor, value: Tensor) -> Storage:
+        if isinstance(self.storage, Pool):
+            return Pages(self.storage, key, value)
+        return Rounded(key, value) if self.storage == "int8" else Plain(key, value)
+
+    def _sorted_heads(self) -> list[Shelf]:
+        """Put key heads whose query heads read alike on one shelf."""
+        shared = self.heads // self.key_heads
+        together: dict[frozenset[Pattern], list[int]] = {}
+        for key_head in range(self.key_heads):
+            readers = self._readers[key_head * shared : (key_head + 1) * shared]
+            together.setdefault(frozenset(readers), []).append(key_head)
+        shelves = []
+        for readers, key_heads in together.items():
+            if self.places == "cache" and len(readers) > 1:
+                raise PatternError(
+                    message(
+                        "Query heads that share a key head cannot count places in the cache differently.",
+                        {"pattern": str(self.pattern), "key heads": str(self.key_heads)},
+                        fix='places="text", or a pattern that is the same on all heads',
+                    )
+                )
+            heads = [head * shared + place for head in key_heads for place in range(shared)]
+            shelves.append(Shelf(key_heads, heads, tuple(self._readers[head] for head in heads)))
+        return shelves
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real: Tensor | None,
+        start: int | Sequence[int] | None,
+    ) -> None:
+        """Raise ShapeError where tensors do not fit together, or not what was read before."""
+
+        def refuse(problem: str, fix: str) -> ShapeError:
+            sides = {"query": query, "key": key, "value": value}
+            facts = {
+                name: f"{list(side.shape)} {str(side.dtype).removeprefix('torch.')}"
+                for name, side in sides.items()
+            }
+            return ShapeError(message(problem, {"cache": str(self), **facts}, fix=fix))
+
+        if any(side.dim() != 4 for side in (query, key, value)):
+            raise refuse(
+                "Query, key and value have four dimensions: batch, heads, length and width.",
+                "tensor.unsqueeze(0) for a batch of one",
+            )
+        if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
+            raise refuse("Query, key and value share one floating-point dtype.", "tensor.to(query.dtype)")
+        if (query.shape[1], key.shape[1]) != (self.heads, self.key_heads):
+            raise refuse(
+                f"The cache was made for {self.heads} query heads and {self.key_heads} key heads.",
+                "the layer that it was made for",
+            )
+        if (
+            key.shape[:3] != value.shape[:3]
+            or query.shape[::2] != key.shape[::2]
+            or query.shape[3] != key.shape[3]
+        ):
+            raise refuse(
+                "Query, key and value have one batch and one length, query and key one width.",
+                "a key and a value for every query",
+            )
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise refuse("A cache carries no gradient.", "with torch.no_grad(), or attention without a cache")
+        if self._lengths is not None and _form(key, value) != self._form:
+            raise refuse(
+                "These tensors do not continue what the cache holds: batch, widths, dtype or device changed.",
+                "cache.reset() for another text, cache.select(rows) for other rows",
+            )
+        if real is not None and (real.dtype != torch.bool or real.shape != (query.shape[0], query.shape[2])):
+            raise refuse(
+                "`real` says for every token of the batch whether it is one.", "bool [batch, tokens]"
+            )
+        lengths = self._lengths if self._lengths is not None else torch.zeros(len(query), dtype=torch.int64)
+        if start is not None and bool((torch.as_tensor(start) != lengths).any()):
+            raise refuse(
+                f"Tokens that begin at {start} do not continue a text of {lengths.tolist()} tokens.",
+                "the tokens after those, or cache.crop(length) first",
+            )
+
+    def _refuse(self, problem: str, fix: str) -> ShapeError:
+        return ShapeError(message(problem, {"cache": str(self)}, fix=fix))
+
+
+def _form(key: Tensor, value: Tensor) -> tuple:
+    return (len(key), key.shape[3], value.shape[3], key.dtype, key.device)
+
+
+def _heads(tensor: Tensor, heads: list[int]) -> Tensor:
+    return tensor if len(heads) == tensor.shape[1] else tensor[:, heads]
+
+
+def _distinct(readers: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    """Return one pattern where all heads read alike."""
+    return readers[:1] if len(set(readers)) == 1 else readers
+
+
+def _refuse(problem: str, *, fix: str) -> ShapeError:
+    return ShapeError(message("A cache cannot be made so.", {"why": problem}, fix=fix))

@@ -1,0 +1,217 @@
+"""Pages: storage in blocks of a fixed size out of a pool that many caches share.
+
+A row of a batch holds a table of pages. Rows and forks with the same beginning share its pages, counted by how many hold
+them, and a page that several hold is copied when one of them writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longspan.cache.storage import kept_slots
+from longspan.errors import ShapeError, message
+
+# The page of slots that are nobody's; it is never given away.
+_NOBODY = 0
+
+
+class Pool:
+    """A fixed number of pages for keys and values, each for some tokens of one key head.
+
+    Args:
+        pages: how many pages, at least 1.
+        size: tokens in a page, at least 1.
+        width: numbers in a head's key.
+        value_width: numbers in a head's value; None for as many.
+        dtype, device: of the tensors.
+
+    Raises:
+        ShapeError: a number below 1.
+
+    Example:
+        >>> from longspan import Causal
+        >>> from longspan.cache import Cache
+        >>> pool = Pool(100, size=16, width=8)
+        >>> cache = Cache(Causal(), heads=2, storage=pool)
+        >>> key = torch.randn(1, 2, 40, 8)
+        >>> output = cache.attend(key, key, key)
+        >>> pool.free
+        94
+        >>> branch = cache.fork()
+        >>> pool.free
+        94
+    """
+
+    def __init__(
+        self,
+        pages: int,
+        *,
+        size: int = 16,
+        width: int,
+        value_width: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        value_width = width if value_width is None else value_width
+        if min(pages, size, width, value_width) < 1:
+            raise ShapeError(
+                message(
+                    "A pool has at least one page, with at least one token of at least one number.",
+                    {"asked": f"{pages} pages of {size} tokens, width {width}, value width {value_width}"},
+                    fix="Pool(1024, size=16, width=64)",
+                )
+            )
+        self.pages, self.size = pages, size
+        self.key = torch.zeros((pages + 1, size, width), dtype=dtype, device=device)
+        self.value = torch.zeros((pages + 1, size, value_width), dtype=dtype, device=device)
+        self._holders = torch.zeros(pages + 1, dtype=torch.int64)
+        self._free = list(range(pages, _NOBODY, -1))
+
+    @property
+    def free(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page, key and value."""
+        return (self.key[0].numel() + self.value[0].numel()) * self.key.element_size()
+
+    def take(self, number: int) -> Tensor:
+        """Return so many pages, held once, or raise ShapeError and change nothing."""
+        if number > len(self._free):
+            raise ShapeError(
+                message(
+                    "The pool has no pages left for these tokens.",
+                    {
+                        "wanted": f"{number} pages of {self.size} tokens of one key head",
+                        "left": f"{len(self._free)} of {self.pages}",
+                    },
+                    fix="a larger Pool, shorter texts, or cache.reset() on those that are done",
+                )
+            )
+        taken = torch.tensor([self._free.pop() for _ in range(number)], dtype=torch.int64)
+        self._holders[taken] = 1
+        return taken
+
+    def hold(self, pages: Tensor) -> None:
+        """Count one more holder for each page, as often as it is listed."""
+        self._holders += torch.bincount(pages.flatten(), minlength=self.pages + 1)
+
+    def give_back(self, pages: Tensor) -> None:
+        """Count one holder less for each page, as often as it is listed; pages without any are free."""
+        listed = pages[pages != _NOBODY]
+        self._holders -= torch.bincount(listed, minlength=self.pages + 1)
+        touched = listed.unique()
+        self._free.extend(touched[self._holders[touched] == 0].tolist())
+
+    def shared(self, pages: Tensor) -> Tensor:
+        """Say which pages more than one holds."""
+        return self._holders[pages] > 1
+
+
+class Pages:
+    """Keys and values of some key heads in pages of a pool.
+
+    Args:
+        pool: where pages come from.
+        key, value: `[batch, heads, tokens, width]`, whose shapes the pool must fit.
+
+    Raises:
+        ShapeError: tensors of another width, dtype or device than the pool's.
+    """
+
+    def __init__(self, pool: Pool, key: Tensor, value: Tensor) -> None:
+        fits = all(
+            (side.shape[3], side.dtype, side.device) == (pages.shape[2], pages.dtype, pages.device)
+            for side, pages in ((key, pool.key), (value, pool.value))
+        )
+        if not fits:
+            raise ShapeError(
+                message(
+                    "The pool holds other keys and values than these.",
+                    {
+                        "pool": f"width {pool.key.shape[2]} and {pool.value.shape[2]}, {pool.key.dtype}, {pool.key.device}",
+                        "tensors": f"width {key.shape[3]} and {value.shape[3]}, {key.dtype}, {key.device}",
+                    },
+                    fix="Pool(..., width=key.shape[3], dtype=key.dtype)",
+                )
+            )
+        self.pool, self.used = pool, 0
+        self.table = torch.zeros((*key.shape[:2], 0), dtype=torch.int64)
+
+    def __del__(self) -> None:
+        if hasattr(self, "table"):
+            self.release()
+
+    @property
+    def free(self) -> int:
+        return -self.used % self.pool.size
+
+    @property
+    def nbytes(self) -> int:
+        held = self.table.unique()
+        return int((held != _NOBODY).sum()) * self.pool.page_bytes
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        size, end = self.pool.size, self.used + key.shape[2]
+        more = -(-end // size) - self.table.shape[2]
+        # Only the last page is written to again, if it has slots left.
+        tail = self.table[:, :, self.table.shape[2] - bool(self.free) :]
+        crowded = self.pool.shared(tail)
+        taken = self.pool.take(int(crowded.sum()) + more * self.table.shape[0] * self.table.shape[1])
+        copies, fresh = taken[: int(crowded.sum())], taken[int(crowded.sum()) :]
+        if len(copies):
+            before = tail[crowded]
+            for pages in (self.pool.key, self.pool.value):
+                pages[copies] = pages[before]
+            self.pool.give_back(before)
+            tail[crowded] = copies
+        self.table = torch.cat([self.table, fresh.reshape(*self.table.shape[:2], more)], dim=2)
+        slots = torch.arange(self.used, end)
+        places = self.table[:, :, slots // size]
+        self.pool.key[places, slots % size] = key
+        self.pool.value[places, slots % size] = value
+        self.used = end
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        key, value = (
+            pages[self.table].flatten(2, 3)[:, :, : self.used] for pages in (self.pool.key, self.pool.value)
+        )
+        return key, value
+
+    def keep(self, wanted: Tensor, room: int) -> Tensor:
+        size, whole = self.pool.size, self.used // self.pool.size
+        origin = kept_slots(wanted[:, : whole * size].reshape(len(wanted), whole, size).any(2))
+        batch, heads, _ = self.table.shape
+        tail = self.table[:, :, whole:]
+        index = origin.clamp(min=0)[:, None].expand(batch, heads, -1)
+        kept = self.table[:, :, :whole].gather(2, index).masked_fill((origin < 0)[:, None], _NOBODY)
+        before = self.table
+        self.table = torch.cat([kept, tail], dim=2)
+        self.pool.hold(self.table)
+        self.pool.give_back(before)
+        slots = (
+            (origin[:, :, None] * size + torch.arange(size))
+            .masked_fill(origin[:, :, None] < 0, -1)
+            .flatten(1)
+        )
+        last = torch.arange(whole * size, self.used).expand(len(slots), -1)
+        self.used = kept.shape[2] * size + last.shape[1]
+        return torch.cat([slots, last], dim=1).to(wanted.device)
+
+    def truncate(self, used: int) -> None:
+        pages = -(-used // self.pool.size)
+        self.pool.give_back(self.table[:, :, pages:])
+        self.table, self.used = self.table[:, :, :pages], used
+
+    def select(self, rows: Tensor) -> Pages:
+        chosen = object.__new__(type(self))
+        chosen.pool, chosen.used, chosen.table = self.pool, self.used, self.table[rows.cpu()]
+        self.pool.hold(chosen.table)
+        return chosen
+
+    def release(self) -> None:
+        self.pool.give_back(self.table)
+        self.table, self.used = self.table[:, :, :0], 0

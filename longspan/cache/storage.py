@@ -1,0 +1,188 @@
+"""Storage: where the keys and values that a cache holds lie, as they are or in eight bits.
+
+A storage is a table of slots, the same number for every row of the batch. It knows nothing of positions: whoever
+owns it remembers which token lies in which slot, and asks for slots to be kept or forgotten.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Storage(Protocol):
+    """What a cache asks of the place that it holds keys and values in."""
+
+    used: int
+
+    @property
+    def free(self) -> int:
+        """Slots that can be written without making room."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes taken, unused slots included."""
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        """Write `[batch, heads, tokens, width]` into the next slots, as many as are free at most."""
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return key and value `[batch, heads, used, width]`; they are valid until the next change."""
+
+    def keep(self, wanted: Tensor, room: int) -> Tensor:
+        """Forget slots and make room for more.
+
+        Args:
+            wanted: bool `[batch, used]`, or `[1, used]` for all rows alike.
+            room: slots that are free afterwards, at least.
+
+        Returns:
+            For every slot now used the slot that it was before, `[batch or 1, used]`, -1 where it is nobody's. More
+            may be kept than was wanted, in whole pages.
+        """
+
+    def truncate(self, used: int) -> None:
+        """Forget the slots from `used` on."""
+
+    def select(self, rows: Tensor) -> Storage:
+        """Return a storage with these rows of the batch, which may repeat; it shares nothing that is written to."""
+
+    def release(self) -> None:
+        """Give back what it holds; it is not used any more."""
+
+
+class Plain:
+    """Keys and values as they are, one buffer for each.
+
+    Args:
+        key, value: `[batch, heads, tokens, width]`, whose shapes, dtype and device are taken over.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self.used = 0
+        self._buffers = [_buffer(side, 0) for side in (key, value)]
+
+    @property
+    def free(self) -> int:
+        return self._buffers[0].shape[2] - self.used
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        end = self.used + key.shape[2]
+        for buffer, side in zip(self._buffers, (key, value), strict=True):
+            buffer[:, :, self.used : end] = side
+        self.used = end
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        key, value = (buffer[:, :, : self.used] for buffer in self._buffers)
+        return key, value
+
+    def keep(self, wanted: Tensor, room: int) -> Tensor:
+        origin = kept_slots(wanted)
+        used = origin.shape[1]
+        fresh = []
+        for buffer in self._buffers:
+            moved = _buffer(buffer, used + room)
+            if len(origin) == 1:
+                moved[:, :, :used] = buffer.index_select(2, origin[0])
+            else:
+                slots = origin.clamp(min=0)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
+                moved[:, :, :used] = buffer.gather(2, slots)
+            fresh.append(moved)
+        self._buffers, self.used = fresh, used
+        return origin
+
+    def truncate(self, used: int) -> None:
+        self.used = used
+
+    def select(self, rows: Tensor) -> Plain:
+        chosen = object.__new__(type(self))
+        chosen.used = self.used
+        chosen._buffers = [buffer.index_select(0, rows) for buffer in self._buffers]
+        return chosen
+
+    def release(self) -> None:
+        self._buffers = [buffer[:, :, :0] for buffer in self._buffers]
+
+
+class Rounded:
+    """Keys and values in eight bits each, with one scale for every token and head.
+
+    Law: a number comes back within `1 / 254` of the largest magnitude in its token and head, and one rounding of
+    the dtype.
+
+    Args:
+        key, value: `[batch, heads, tokens, width]`, whose shapes, dtype and device are taken over.
+    """
+
+    def __init__(self, key: Tensor, value: Tensor) -> None:
+        self._dtype = key.dtype
+        self._whole = Plain(*(side.new_zeros(side.shape, dtype=torch.int8) for side in (key, value)))
+        self._scale = Plain(
+            *(side.new_zeros((*side.shape[:3], 1), dtype=torch.float32) for side in (key, value))
+        )
+
+    @property
+    def used(self) -> int:
+        return self._whole.used
+
+    @property
+    def free(self) -> int:
+        return self._whole.free
+
+    @property
+    def nbytes(self) -> int:
+        return self._whole.nbytes + self._scale.nbytes
+
+    def append(self, key: Tensor, value: Tensor) -> None:
+        scales = [side.abs().amax(-1, keepdim=True).float() / 127 for side in (key, value)]
+        # A token of zeros has scale zero, and any divisor leaves it zero.
+        whole = [
+            (side / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+            for side, scale in zip((key, value), scales, strict=True)
+        ]
+        self._whole.append(*whole)
+        self._scale.append(*scales)
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        key, value = (
+            (whole * scale).to(self._dtype)
+            for whole, scale in zip(self._whole.read(), self._scale.read(), strict=True)
+        )
+        return key, value
+
+    def keep(self, wanted: Tensor, room: int) -> Tensor:
+        self._scale.keep(wanted, room)
+        return self._whole.keep(wanted, room)
+
+    def truncate(self, used: int) -> None:
+        self._whole.truncate(used)
+        self._scale.truncate(used)
+
+    def select(self, rows: Tensor) -> Rounded:
+        chosen = object.__new__(type(self))
+        chosen._dtype = self._dtype
+        chosen._whole, chosen._scale = self._whole.select(rows), self._scale.select(rows)
+        return chosen
+
+    def release(self) -> None:
+        self._whole.release()
+        self._scale.release()
+
+
+def kept_slots(wanted: Tensor) -> Tensor:
+    """Return the numbers of the wanted slots of each row in their order, filled up with -1, `[rows, most]`."""
+    counts = wanted.sum(1)
+    # Stable sorting puts the wanted slots first without mixing them.
+    order = torch.sort((~wanted).int(), dim=1, stable=True).indices[:, : int(counts.max())]
+    return order.masked_fill(torch.arange(order.shape[1], device=order.device) >= counts[:, None], -1)
+
+
+def _buffer(like: Tensor, slots: int) -> Tensor:
+    # Zeros, because a weight of zero times an unwritten number may be no number.
+    return like.new_zeros((*like.shape[:2], slots, like.shape[3]))
