@@ -30,8 +30,9 @@ from longspan.pattern import (
 )
 
 KNOWN = (
-    "Causal, Chunk, Dilated, Every, Everything, LongMixed, LongNet, Longformer, Nothing, PerHead, Prefix, "
-    "S2, SCCA, SDA, Sink, SlidingWindow, Streaming, Window"
+    "BigBird, Causal, Chosen, Chunk, Dilated, Documents, Every, Everything, Fixed, Keys, LongMixed, LongNet, "
+    "Longformer, Neighborhood, Nothing, PerHead, Prefix, Random, S2, SCCA, SDA, Sink, SlidingWindow, Streaming, "
+    "Strided, Window"
 )
 
 
@@ -214,7 +215,7 @@ This text is no pattern.
         """\
 This text is no pattern.
   asked  LongMixed(1024, dilatoin=4)
-  wrong  LongMixed has no argument `dilatoin`; it takes window, dilation, causal
+  wrong  LongMixed has no argument `dilatoin`; it takes window, dilation, flow, shifts, empty, rows, causal
   try    LongMixed(dilation=...)""",
     ),
     (

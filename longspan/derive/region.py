@@ -106,8 +106,10 @@ def _inside_chunks(region: Region) -> Region:
 def _plain_residues(term: Pattern, queries: range, keys: range) -> Pattern:
     if isinstance(term, Every) and term.within:
         chunk = keys[0] // term.within
-        if chunk == keys[-1] // term.within:
-            return Every(term.step, offset=(chunk * term.within + term.offset) % term.step)
+        offset = (chunk * term.within + term.offset) % term.step
+        # A run that would reach into the next step cannot be counted from the beginning of the text.
+        if chunk == keys[-1] // term.within and offset + term.run <= term.step:
+            return Every(term.step, offset=offset, run=term.run)
     if isinstance(term, Transpose):
         return _plain_residues(term.part, keys, queries).T
     return term.rebuilt(tuple(_plain_residues(part, queries, keys) for part in term.operands))

@@ -28,7 +28,7 @@ def terms(pattern: Pattern) -> tuple[Pattern, ...]:
         (Causal() & Window(4), Causal() & Dilated(8) & ~Window(4))
     """
     cut = (simplify(term) for term in _cut(simplify(pattern)))
-    return tuple(term for term in cut if term != Nothing())
+    return tuple(term for term in cut if term != Nothing()) or (Nothing(),)
 
 
 def _cut(pattern: Pattern) -> tuple[Pattern, ...]:

@@ -111,7 +111,7 @@ class _Reader:
 
     def _known(self, name: str) -> type[Pattern]:
         if name not in PATTERNS:
-            close = difflib.get_close_matches(name, PATTERNS, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(name, PATTERNS, n=1)
             raise PatternError(
                 message(
                     f"There is no pattern called {name}.",
