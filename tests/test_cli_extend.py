@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
 
@@ -24,6 +26,9 @@ def place(tmp_path):
     (tmp_path / "short.txt").write_text("It was the worst of times.\n")
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary.txt").write_bytes(b"text\0more")
+    (tmp_path / "unknown.yaml").write_text("stepps: 10\n")
+    (tmp_path / "list.yaml").write_text("- steps\n- 10\n")
+    (tmp_path / "kind.yaml").write_text("steps: many\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     return tmp_path
@@ -53,6 +58,13 @@ def refused(problem, *arguments):
             "The heads cannot be divided equally", "--pattern", "PerHead([Causal(), Causal(), Causal()])"
         ),
         refused("There is no run to resume in this folder.", "--resume"),
+        refused("There is no such setting.", "--config", "{place}/unknown.yaml"),
+        refused("The file of settings cannot be read.", "--config", "{place}/missing.yaml"),
+        refused("The file of settings cannot be read.", "--config", "{place}/list.yaml"),
+        refused("An option of the recipe is out of range.", "--config", "{place}/kind.yaml"),
+        refused("An option of the recipe has no such choice.", "--method", "lora-plus"),
+        refused("A sequence of patterns needs one for each", "--pattern", "Causal(); Window(4); Window(8)"),
+        refused("This text is no pattern.", "--pattern", "Window({{1/0}})"),
     ],
 )
 def test_bad_input_gets_one_message_and_code_2(run, models, place, arguments, problem):
@@ -72,6 +84,41 @@ def test_bad_input_gets_one_message_and_code_2(run, models, place, arguments, pr
     assert any(line.startswith("  try") for line in told) and "Traceback" not in err
     assert [path.name for path in (place / "full").iterdir()] == ["thesis.txt"]
     assert not (place / "out").exists()
+
+
+def test_an_unknown_setting_gets_the_nearest_known_one(run, place):
+    code, out, err = run("extend", "--config", place / "unknown.yaml")
+    assert (code, out) == (2, "")
+    assert err.splitlines()[1] == f"  asked  stepps in {place}/unknown.yaml"
+    assert err.splitlines()[-1] == "  try    steps"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_file_of_settings_repeats_a_run(run, models, place):
+    """Every option by a file; the command line wins; what is saved beside the result gives it again."""
+    settings = {
+        "model": str(models / "tiny"),
+        "text": str(place / "novel.txt"),
+        "length": "256",
+        "window": 64,
+        "pattern": ["LongMixed(16)", "Causal()"],
+        "method": "lora",
+        "rate": "1e-3",
+        "steps": 2,
+        "seed": 3,
+        "activations": "recomputed",
+        "output": str(place / "first"),
+    }
+    (place / "mine.yaml").write_text(yaml.safe_dump(settings))
+    assert run("extend", "--config", place / "mine.yaml", "--length", "128", "--rank", "2")[0] == 0
+    saved = yaml.safe_load((place / "first" / "recipe.yaml").read_text())
+    assert (saved["length"], saved["rank"], saved["seed"], saved["rate"]) == (128, 2, 3, 0.001)
+    assert saved["pattern"] == "LongMixed(16); Causal()"
+    again = run("extend", "--config", place / "first" / "recipe.yaml", "--output", place / "again")
+    assert again[0] == 0
+    one, two = (load_file(place / name / "model.safetensors") for name in ("first", "again"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert (place / "again" / "recipe.yaml").read_text() == (place / "first" / "recipe.yaml").read_text()
 
 
 def test_resuming_keeps_the_recipe(run, place):

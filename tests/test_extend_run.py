@@ -17,7 +17,7 @@ from tiny import byte_tokenizer, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longspan.errors import InputError
-from longspan.extend import extension
+from longspan.extend import adapter, extension
 from longspan.extend.adapter import adapt, merge
 from longspan.extend.recipe import Recipe
 from longspan.extend.training import train
@@ -168,10 +168,76 @@ def test_windows_depend_on_their_number_alone():
     assert 2 <= asked <= 12
 
 
+TRAINED = {
+    "full": ("",),
+    "lora": ("lora_",),
+    "lora+": ("lora_", "embed_tokens", "norm"),
+    "qlora": ("lora_",),
+}
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_what_is_trained():
-    adapted = adapt(llama(), rank=2)
-    trained = {name for name, weights in adapted.named_parameters() if weights.requires_grad}
-    assert any("lora_A" in name for name in trained) and any("embed_tokens" in name for name in trained)
-    assert any("input_layernorm" in name for name in trained) and any(".norm." in name for name in trained)
-    assert not any("mlp" in name for name in trained)
+@pytest.mark.parametrize("method", TRAINED)
+def test_what_is_trained(method):
+    if method == "qlora":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = adapt(llama(), rank=2, method=method)
+    whole = {name for name, weights in llama().named_parameters()}
+    trained = {name for name, weights in model.named_parameters() if weights.requires_grad}
+    assert all(any(part in name for name in trained) for part in TRAINED[method])
+    assert all(any(part in name for part in TRAINED[method]) for name in trained)
+    assert trained == whole if method == "full" else not any("mlp" in name for name in trained)
+    merged = merge(model, fresh=llama)
+    assert {name for name, weights in merged.named_parameters()} == whole
+    if method == "qlora":
+        ids = torch.arange(16)[None]
+        torch.testing.assert_close(merged(ids).logits, llama()(ids).logits)
+
+
+def test_adapters_begin_by_the_seed():
+    """Else a run killed before its first state would not go on to the same end."""
+    first, again, other = (
+        {name: weights.detach() for name, weights in adapt(llama(), rank=2, seed=seed).named_parameters()}
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+
+
+def test_qlora_is_refused_without_its_package(monkeypatch):
+    monkeypatch.setattr(adapter, "find_spec", lambda name: None)
+    with pytest.raises(InputError) as refused:
+        adapter.check_method("qlora")
+    assert str(refused.value).splitlines() == [
+        "QLoRA cannot be done here.",
+        "  asked  method qlora",
+        "  why    weights of 4 bits come from bitsandbytes, which is not installed",
+        "  try    pip install bitsandbytes, or --method lora",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_activations_that_are_recomputed_change_nothing(tmp_path):
+    """Nor do windows that accumulate: two at once, or one after the other."""
+    corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
+    ends = []
+    for number, options in enumerate(
+        (
+            {"batch": 2},
+            {"batch": 2, "activations": "recomputed"},
+            {"accumulate": 2},
+            {"loss": "whole", "batch": 2},
+        )
+    ):
+        model = adapt(llama(), rank=2)
+        small = Recipe(length=96, steps=2, passkeys=0.0, rate=1e-3, **options)
+        train(
+            model,
+            TrainingWindows(corpus, byte_tokenizer(), small, heads=4),
+            small,
+            folder=tmp_path / str(number),
+        )
+        ends.append({name: weights.detach() for name, weights in model.named_parameters()})
+    for other in ends[1:]:
+        for name, weights in ends[0].items():
+            torch.testing.assert_close(other[name], weights, rtol=0, atol=2e-6)

@@ -32,6 +32,7 @@ from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import set_pattern
+from longspan.hf.quiet import quiet
 from longspan.pattern import parse
 
 # States that are kept, the last ones; while the next one is written there is one more.
@@ -104,6 +105,7 @@ def train(
     keeping = _Keeping(folder, trained_bytes(model))
     with (
         warnings.catch_warnings(),
+        quiet(),
         _interrupts(stop),
         _recomputed(causal) if recipe.activations == "recomputed" else nullcontext(),
         chunked(causal) if recipe.loss == "chunked" else nullcontext(),
