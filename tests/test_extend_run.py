@@ -22,6 +22,7 @@ from longspan.extend.adapter import adapt, merge
 from longspan.extend.recipe import Recipe
 from longspan.extend.training import train
 from longspan.extend.windows import TrainingWindows
+from longspan.pattern import Causal, parse
 from longspan.text.corpus import Corpus
 
 LENGTH = 512
@@ -241,3 +242,28 @@ def test_activations_that_are_recomputed_change_nothing(tmp_path):
     for other in ends[1:]:
         for name, weights in ends[0].items():
             torch.testing.assert_close(other[name], weights, rtol=0, atol=2e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("options", "read"),
+    [
+        ({"stages": 2}, [("Streaming(20, sinks=16)",) * 2] * 2 + [("Streaming(40, sinks=32)",) * 2] * 2),
+        ({"window": 32}, [("Streaming(10, sinks=8)",) * 2] * 4),
+        ({"documents": "packed", "pattern": "Causal()"}, [("Causal()",) * 2] * 4),
+        ({"pattern": "Window(8); LongMixed({1/4})"}, [("Window(8)", "LongMixed(32)")] * 4),
+    ],
+    ids=["stages", "positions that skip", "packed documents", "a pattern for each layer"],
+)
+def test_every_layer_reads_as_asked(tmp_path, options, read):
+    model, corpus = llama(), Corpus.from_ids([list(range(1, 200))] * 10, separator=256)
+    small = Recipe(**{"length": 128, "steps": 4, "passkeys": 0.0, "method": "full"} | options)
+    seen = []
+
+    def look(done, total, *, loss):
+        assert np.isfinite(loss)
+        seen.append([layer.self_attn.longspan.pattern for layer in model.model.layers])
+
+    windows = TrainingWindows(corpus, byte_tokenizer(), small, heads=4)
+    train(model, windows, small, folder=tmp_path, progress=look)
+    assert seen == [[parse(text) & Causal() for text in layers] for layers in read]

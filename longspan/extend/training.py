@@ -98,6 +98,8 @@ def train(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
+        # Experts may be left out of a step; what LoRA trains never is.
+        ddp_find_unused_parameters=recipe.method == "full" and recipe.activations == "kept",
     )
     causal = causal_model(model)
     stop = _Stop()
