@@ -61,7 +61,8 @@ def rotate(
     References:
         Su et al., RoFormer (arXiv 2104.09864), section 3.2.
     """
-    if query.shape[-1:] != key.shape[-1:]:
+    width = _width(query)
+    if _width(key) != width:
         raise ShapeError(
             message(
                 "Query and key have one width.",
@@ -69,8 +70,8 @@ def rotate(
                 fix="a key made for this query",
             )
         )
-    turn = rotation(positions, frequency, width=query.shape[-1], length=length, pairs=pairs, angles=angles)
-    return turn.turn(query), turn.turn(key)
+    found = rotation(positions, frequency, width=width, length=length, pairs=pairs, angles=angles)
+    return found.turn(query), found.turn(key)
 
 
 def rotation(
@@ -158,10 +159,11 @@ def shift(
                 fix="length=..., or hold keys as they are before turning and turn them at every step",
             )
         )
+    width = _width(key)
     if isinstance(distance, int):
         distance = torch.full((key.shape[-2],), distance, device=key.device)
     _check_positions(distance)
-    return _rotation(distance, frequency, 1.0, key.shape[-1], length, pairs, angles).turn(key)
+    return _rotation(distance, frequency, 1.0, width, length, pairs, angles).turn(key)
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,12 +173,14 @@ class Rotation:
     Attributes:
         cos, sin: times `scale`, `[length, pairs]`, or `[batch, 1, length, pairs]` where rows differ.
         scale: what turned tensors are multiplied by.
+        width: numbers in a head, turned or not.
         pairs: how numbers are paired, "halves" or "interleaved".
     """
 
     cos: Tensor
     sin: Tensor
     scale: float
+    width: int
     pairs: str
 
     def turn(self, tensor: Tensor) -> Tensor:
@@ -213,11 +217,8 @@ class Rotation:
 
     def _check(self, tensor: Tensor) -> None:
         batch = self.cos.shape[0] if self.cos.dim() == 4 else None
-        length, turned = self.cos.shape[-2], 2 * self.cos.shape[-1]
-        shape = tensor.shape
-        fits = (
-            tensor.dim() == 4 and shape[2] == length and shape[3] >= turned and batch in (None, 1, shape[0])
-        )
+        length, shape = self.cos.shape[-2], tensor.shape
+        fits = tensor.dim() == 4 and shape[2:] == (length, self.width) and batch in (None, 1, shape[0])
         if fits and tensor.is_floating_point() and tensor.device == self.cos.device:
             return
         rows = "" if batch is None else f"{batch} rows of "
@@ -227,7 +228,7 @@ class Rotation:
                 "This tensor does not fit the positions that it is to be turned to.",
                 {
                     "tensor": found,
-                    "positions": f"{rows}{length}, {turned} numbers of a head, {self.cos.device}",
+                    "positions": f"{rows}{length}, heads {self.width} wide, {self.cos.device}",
                 },
                 fix="[batch, heads, length, width] in floating point, on the device of the positions",
             )
@@ -276,16 +277,33 @@ def _rotation(
     turns = positions[..., None].to(angles) * per_token.to(angles)
     if turns.dim() == 3:
         turns = turns[:, None]
-    return Rotation(turns.cos() * scale, turns.sin() * scale, scale, pairs)
+    return Rotation(turns.cos() * scale, turns.sin() * scale, scale, width, pairs)
+
+
+def _width(tensor: Tensor) -> int:
+    if tensor.dim() != 4:
+        raise ShapeError(
+            message(
+                "Queries and keys have four dimensions: batch, heads, length and width.",
+                {"got": str(list(tensor.shape))},
+                fix="tensor.unsqueeze(0) for a batch of one",
+            )
+        )
+    return tensor.shape[-1]
 
 
 def _check_positions(positions: Tensor) -> None:
-    whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
-    if not whole or positions.dim() not in (1, 2):
+    found = f"a {type(positions).__name__}"
+    fits = False
+    if isinstance(positions, Tensor):
+        found = f"{list(positions.shape)} {str(positions.dtype).removeprefix('torch.')}"
+        whole = not (positions.is_floating_point() or positions.is_complex() or positions.dtype == torch.bool)
+        fits = whole and positions.dim() in (1, 2)
+    if not fits:
         raise ShapeError(
             message(
                 "Positions are integers, one row for all or one row for each of the batch.",
-                {"got": f"{list(positions.shape)} {str(positions.dtype).removeprefix('torch.')}"},
+                {"got": found},
                 fix="torch.arange(length), or integers [batch, length]",
             )
         )

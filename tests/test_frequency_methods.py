@@ -339,7 +339,13 @@ REFUSALS = {
         lambda: LongRoPE([1], [2], original=64, factor=2, attention_factor=math.inf),
         """LongRoPE cannot have this `attention_factor`.
   got  attention_factor=inf
-  try  a number of 0 or more, or None""",
+  try  a number over 0, or None""",
+    ),
+    "scale of nothing": (
+        lambda: YaRN(8, original=512, attention_factor=0),
+        """YaRN cannot have this `attention_factor`.
+  got  attention_factor=0
+  try  a number over 0, or None""",
     ),
 }
 

@@ -276,7 +276,7 @@ REFUSALS = {
         lambda: rotate(ONES, ONES, torch.arange(4), Plain()),
         """This tensor does not fit the positions that it is to be turned to.
   tensor     [2, 3, 5, 16] float32, cpu
-  positions  4, 16 numbers of a head, cpu
+  positions  4, heads 16 wide, cpu
   try        [batch, heads, length, width] in floating point, on the device of the positions""",
     ),
     "batch": (
@@ -284,7 +284,7 @@ REFUSALS = {
         lambda: rotate(ONES, ONES, torch.zeros(3, 5, dtype=torch.long), Plain()),
         """This tensor does not fit the positions that it is to be turned to.
   tensor     [2, 3, 5, 16] float32, cpu
-  positions  3 rows of 5, 16 numbers of a head, cpu
+  positions  3 rows of 5, heads 16 wide, cpu
   try        [batch, heads, length, width] in floating point, on the device of the positions""",
     ),
     "width": (
@@ -294,6 +294,36 @@ REFUSALS = {
   query  [2, 3, 5, 16]
   key    [2, 3, 5, 8]
   try    a key made for this query""",
+    ),
+    "positions in a list": (
+        ShapeError,
+        lambda: rotate(ONES, ONES, [0, 1, 2, 3, 4], Plain()),
+        """Positions are integers, one row for all or one row for each of the batch.
+  got  a list
+  try  torch.arange(length), or integers [batch, length]""",
+    ),
+    "dimensions": (
+        ShapeError,
+        lambda: shift(ONES[0], 3, Plain()),
+        """Queries and keys have four dimensions: batch, heads, length and width.
+  got  [3, 5, 16]
+  try  tensor.unsqueeze(0) for a batch of one""",
+    ),
+    "another head": (
+        ShapeError,
+        lambda: rotation(torch.arange(5), Plain(share=0.5), width=8).turn(ONES),
+        """This tensor does not fit the positions that it is to be turned to.
+  tensor     [2, 3, 5, 16] float32, cpu
+  positions  5, heads 8 wide, cpu
+  try        [batch, heads, length, width] in floating point, on the device of the positions""",
+    ),
+    "integers": (
+        ShapeError,
+        lambda: rotate(ONES.long(), ONES, torch.arange(5), Plain()),
+        """This tensor does not fit the positions that it is to be turned to.
+  tensor     [2, 3, 5, 16] int64, cpu
+  positions  5, heads 16 wide, cpu
+  try        [batch, heads, length, width] in floating point, on the device of the positions""",
     ),
     "stale": (
         InputError,

@@ -31,7 +31,7 @@ class LongRoPE(Frequency):
         long: stretch of each pair beyond.
         original: trained length in tokens.
         factor: the new length over the trained one, 1 or more.
-        attention_factor: the scale itself, in place of the formula; 0 or more.
+        attention_factor: the scale itself, in place of the formula; over 0.
 
     Raises:
         InputError: a field out of its range.
@@ -68,7 +68,7 @@ class LongRoPE(Frequency):
             # A tuple, so that equal values have equal hashes.
             object.__setattr__(self, name, tuple(stretches))
         if self.attention_factor is not None:
-            self.check("attention_factor", "a number of 0 or more, or None", lambda number: number >= 0)
+            self.check("attention_factor", "a number over 0, or None", lambda factor: factor > 0)
 
     @property
     def varies(self) -> bool:

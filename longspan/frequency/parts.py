@@ -101,7 +101,7 @@ class YaRN(NTKByParts):
 
     Args:
         factor, original, fast, slow, ramp: see `NTKByParts`.
-        attention_factor: the scale itself, in place of the formula; 0 or more.
+        attention_factor: the scale itself, in place of the formula; over 0.
         mscale, mscale_all_dim: both together make the scale the quotient of two such formulas, each with its own
             number in place of the 1 before `0.1`. DeepSeek's checkpoints carry them. One alone does nothing.
 
@@ -122,7 +122,9 @@ class YaRN(NTKByParts):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+        if self.attention_factor is not None:
+            self.check("attention_factor", "a number over 0, or None", lambda factor: factor > 0)
+        for name in ("mscale", "mscale_all_dim"):
             if getattr(self, name) is not None:
                 self.check(name, "a number of 0 or more, or None", lambda number: number >= 0)
 

@@ -105,7 +105,7 @@ def extended(config: PretrainedConfig, *, method: str, length: int, margin: floa
 
     Args:
         config: the configuration to start from; not changed.
-        method: "linear", "ntk" or "yarn", see `rope_parameters`.
+        method: "linear", "ntk", "yarn" or "llama3", see `rope_parameters`.
         length: tokens the model shall read, more than it reads now.
         margin: see `rope_parameters`.
 

@@ -107,15 +107,15 @@ def to_config(frequency: Frequency, *, length: int, width: int, model_type: str 
 
     Law: `from_config(to_config(f, ...))` has the angles and the scale of `f`.
 
-    | frequency            | transformers      | vLLM                        | llama.cpp's converter |
-    |----------------------|-------------------|-----------------------------|-----------------------|
-    | Plain, NTK           | yes               | yes                         | yes                   |
-    | Linear               | yes               | yes, expects length * factor| yes                   |
-    | YaRN, Llama3         | yes               | yes                         | yes                   |
-    | YaRN with a scale    | yes               | not in every version        | not in every version  |
-    | NTKByParts           | as YaRN, scale 1  | as YaRN with a scale        | as YaRN with a scale  |
-    | LongRoPE             | yes, see below    | yes, with the formula's scale| for Phi-3            |
-    | DynamicNTK           | until it caches   | as of its longest length    | no                    |
+    | frequency         | transformers     | vLLM                          | llama.cpp's converter |
+    |-------------------|------------------|-------------------------------|-----------------------|
+    | Plain, NTK        | yes              | yes                           | yes                   |
+    | Linear            | yes              | yes, expects length * factor  | yes                   |
+    | YaRN, Llama3      | yes              | yes                           | yes                   |
+    | YaRN with a scale | yes              | not in every version          | not in every version  |
+    | NTKByParts        | as YaRN, scale 1 | as YaRN with a scale          | as YaRN with a scale  |
+    | LongRoPE          | yes, see below   | yes, with the formula's scale | for Phi-3             |
+    | DynamicNTK        | until it caches  | as at its longest length      | no                    |
 
     What vLLM and llama.cpp do is read from their sources, and was not run.
 
