@@ -156,7 +156,9 @@ def test_cropped_text_is_read_as_if_it_had_ended_there(storage, pattern):
     pieces = []
     for begin in range(45, 90, 3):
         # Five guesses, of which three are right.
-        piece = [torch.cat([a[:, :, begin : begin + 3], b[:, :, :2]], 2) for a, b in zip(begun, other, strict=True)]
+        piece = [
+            torch.cat([a[:, :, begin : begin + 3], b[:, :, :2]], 2) for a, b in zip(begun, other, strict=True)
+        ]
         pieces.append(cache.attend(*piece)[:, :, :3])
         cache.crop(begin + 3)
     wanted = whole([side[:, :, :90] for side in begun], pattern)[:, :, 45:]

@@ -187,25 +187,31 @@ class Cache:
         Raises:
             ShapeError: more tokens than were read, or fewer than keys are held for.
         """
-        rows = len(self.lengths)
-        wanted = torch.as_tensor(lengths).expand(rows).to(torch.int64).clone()
-        if rows and bool((wanted > self._lengths).any()):
-            raise self._refuse(
-                f"A crop to {wanted.tolist()} tokens is longer than what was read.",
-                "a length up to the present one",
-            )
-        if rows and bool(((wanted < self._floor) & (wanted < self._lengths)).any()):
-            raise self._refuse(
-                f"A crop to {wanted.tolist()} tokens would read keys that are gone; it can go back to {self._floor.tolist()}.",
-                "Cache(..., undo=tokens), which holds keys that much longer",
-            )
-        if not rows:
+        self.check_crop(lengths)
+        if self._lengths is None:
             return
+        wanted = self._as_rows(lengths)
         if len(set(wanted.tolist())) > 1:
             self._set_apart()
         for shelf in self._shelves:
             shelf.crop(wanted.to(shelf.positions.device))
         self._lengths = wanted
+
+    def check_crop(self, lengths: int | Sequence[int]) -> None:
+        """Raise ShapeError where `crop(lengths)` would, and change nothing."""
+        if self._lengths is None:
+            return
+        wanted = self._as_rows(lengths)
+        if bool((wanted > self._lengths).any()) or bool((wanted < 0).any()):
+            raise self._refuse(
+                f"A crop to {wanted.tolist()} tokens is not a part of what was read.",
+                "a length up to the present one",
+            )
+        if bool(((wanted < self._floor) & (wanted < self._lengths)).any()):
+            raise self._refuse(
+                f"A crop to {wanted.tolist()} tokens would read keys that are gone; {self._floor.tolist()} is possible.",
+                "Cache(..., undo=tokens), which holds keys that much longer",
+            )
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows of the batch, which may repeat, in this order: beams, branches, finished rows."""
@@ -470,6 +476,9 @@ class Cache:
                 f"Tokens that begin at {start} do not continue a text of {lengths.tolist()} tokens.",
                 "the tokens after those, or cache.crop(length) first",
             )
+
+    def _as_rows(self, lengths: int | Sequence[int]) -> Tensor:
+        return torch.as_tensor(lengths, dtype=torch.int64).expand(len(self._lengths)).clone()
 
     def _refuse(self, problem: str, fix: str) -> ShapeError:
         return ShapeError(message(problem, {"cache": str(self)}, fix=fix))

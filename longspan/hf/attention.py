@@ -15,13 +15,12 @@ from longspan.hf.batch import Batch, describe, refusal
 from longspan.hf.quiet import quiet
 from longspan.hf.segment import attend_segments
 from longspan.pattern import Causal, Pattern, Window
+from longspan.score import Score, Sinks, SoftCap
 
 NAME = "longspan"
 
-# Arguments by which models change their scores or ask for more than the output: not None means asked.
+# Arguments that ask for what is not there: not None means asked.
 _UNSUPPORTED = {
-    "softcap": "its scores are capped smoothly, and a pattern does not change scores",
-    "s_aux": "its softmax has a learned sink, and a pattern does not change scores",
     "position_bias": "a bias is added to its scores, and a pattern does not change scores",
     "cache": "it keeps keys of many requests in shared pages (continuous batching)",
 }
@@ -60,8 +59,9 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
     Raises:
         PatternError: not a pattern, or not one per attention layer.
         InputError: the model is not a decoder, or does not look its attention up in transformers' registry.
-        PlanError, ShapeError: later, by the model's forward, for what a pattern cannot stand for: soft-capped
-            scores, attention dropout, learned sinks, 4-D masks, caches of fixed size.
+        PlanError, ShapeError: later, by the model's forward, for what a pattern cannot stand for: biases of
+            scores, attention dropout, 4-D masks, caches of fixed size; soft-capped scores (Gemma 2) on texts
+            whose dense scores do not fit into memory.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,7 +72,7 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
         >>> set_pattern(model, [Causal(), LongMixed(64)])
         >>> reset(model)
     """
-    modules = _attention_modules(model)
+    modules = attention_modules(model)
     patterns = _one_per_layer(pattern, len(modules))
     owner = _owner(model, modules[0])
     before = owner.config._attn_implementation
@@ -100,6 +100,8 @@ def reset(model: nn.Module) -> None:
         del module.longspan
 
 
+# What a batch holds decides what is done, and windows make patterns: a compiled model runs this as it is.
+@torch.compiler.disable(reason="longspan reads the padding of the batch")
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -113,7 +115,9 @@ def _attention(
     """Attend by the module's pattern; called by transformers with query [batch, heads, length, width]."""
     pattern = _check_setting(module).pattern
     _check_options(module, dropout, options)
-    batch = _check_batch(module, key, attention_mask, options.get("position_ids"))
+    # The mark of a PatternCache, whose keys come without those that it holds.
+    cached = getattr(key, NAME, None)
+    batch = _check_batch(module, key, attention_mask, options.get("position_ids"), cached)
     for window in {batch.window, options.get("sliding_window")} - {None}:
         pattern = pattern & Window(window)
     # Under autocast, rotary positions leave query and key in float32 while the value is already lower.
@@ -121,10 +125,21 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (side.to(dtype) for side in (query, key, value))
     with torch.autocast(device, enabled=False):
-        return attend_segments(query, key, value, pattern, batch.segments, scale=scaling), None
+        if cached is not None:
+            return cached.attend(module, query, key, value, pattern, batch, scaling), None
+        return attend_segments(
+            query, key, value, pattern, batch.segments, scale=scaling, scores=_scores(options)
+        ), None
 
 
-def _attention_modules(model: nn.Module) -> list[nn.Module]:
+def _scores(options: dict[str, Any]) -> list[Score]:
+    """Return what the model does to its scores."""
+    limit, sinks = options.get("softcap"), options.get("s_aux")
+    capped: list[Score] = [] if limit is None else [SoftCap(limit)]
+    return capped if sinks is None else [*capped, Sinks(sinks)]
+
+
+def attention_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that transformers calls an attention function with, in the order of the layers."""
     modules = [
         module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
@@ -223,7 +238,7 @@ def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -
         )
 
 
-def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any) -> Batch:
+def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cached: Any) -> Batch:
     if not isinstance(given, Batch):
         found = "none" if given is None else f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
         raise refusal(
@@ -231,10 +246,11 @@ def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any) -> 
             f"a mask of its own came with it ({found}), whose holes a pattern cannot see",
             fix="a mask [batch, tokens] for padding; what else shall not be read belongs into the pattern",
         )
-    if given.keys != key.shape[2]:
+    keys = key.shape[2] + (cached.columns if cached is not None else 0)
+    if given.keys != keys:
         raise refusal(
             module.config,
-            f"its cache announced {given.keys} keys and handed over {key.shape[2]}",
+            f"its cache announced {given.keys} keys and handed over {keys}",
             fix="a cache that keeps all keys, past_key_values=DynamicCache()",
         )
     packed = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())

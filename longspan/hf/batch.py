@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,15 +21,37 @@ class Batch:
 
     Attributes:
         segments: the sequences in the batch.
+        shape: rows and query columns.
         keys: columns of the key tensor that they were counted in.
         window: the window that the model itself asks for on this kind of layer, in tokens, or None.
         masked: whether a mask told where tokens are; positions that restart mean documents only without one.
     """
 
     segments: tuple[Segment, ...]
+    shape: tuple[int, int]
     keys: int
     window: int | None
     masked: bool
+
+    @cached_property
+    def real(self) -> Tensor | None:
+        """Which query columns are tokens, bool `[rows, columns]`; None where all are."""
+        if len(self.segments) == 1 and self.segments[0].covers(*self.shape):
+            return None
+        real = torch.zeros(self.shape, dtype=torch.bool)
+        for segment in self.segments:
+            real[segment.rows] |= torch.zeros(self.shape[1], dtype=torch.bool).index_fill(
+                0, torch.arange(self.shape[1])[segment.queries], True
+            )
+        return real
+
+    @cached_property
+    def starts(self) -> list[int] | None:
+        """How many tokens each row had before these; None where a row has none here, so that nobody knows."""
+        starts = torch.full((self.shape[0],), -1)
+        for segment in self.segments:
+            starts[segment.rows] = segment.before(self.shape[1], self.keys)
+        return None if (starts < 0).any() else starts.tolist()
 
 
 def describe(
@@ -99,7 +122,7 @@ def describe(
         segments = unpacked(_continues(config, mask_function, attention_mask, batch_size, q_length))
     else:
         segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
-    return Batch(segments, kv_length, local_size, masked=attention_mask is not None)
+    return Batch(segments, (batch_size, q_length), kv_length, local_size, masked=attention_mask is not None)
 
 
 def refusal(config: PretrainedConfig, reason: str, *, fix: str) -> ShapeError:

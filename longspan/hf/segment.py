@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from longspan.attend import attend
 from longspan.pattern import Pattern
+from longspan.score import Score
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,14 @@ class Segment:
     queries: slice | Tensor
     keys: slice | Tensor
     dropped: int = 0
+
+    def covers(self, batch: int, length: int) -> bool:
+        """Say whether the segment is all queries of the batch."""
+        return _is(self.rows, batch) and _is(self.queries, length)
+
+    def before(self, queries: int, keys: int) -> int:
+        """Return the tokens of the sequence that came before its queries, of so many columns each."""
+        return self.dropped + _count(self.keys, keys) - _count(self.queries, queries)
 
 
 def whole(batch: int, queries: int, keys: int, dropped: int = 0) -> tuple[Segment, ...]:
@@ -95,6 +105,7 @@ def attend_segments(
     segments: tuple[Segment, ...],
     *,
     scale: float | None,
+    scores: Sequence[Score] = (),
 ) -> Tensor:
     """Let each segment attend by itself, at positions that count its own tokens from 0.
 
@@ -103,16 +114,17 @@ def attend_segments(
         pattern: what is read; no query may read a key that was dropped.
         segments: as made above.
         scale: of the scores.
+        scores: what changes them beside the pattern.
 
     Returns:
         `[batch, length, heads, width]`, as transformers wants it, zero where a row is padding.
     """
     batch, heads, length, _ = query.shape
-    if len(segments) == 1 and _covers(segments[0], batch, length):
-        return _attend(query, key, value, pattern, segments[0], scale).transpose(1, 2).contiguous()
+    if len(segments) == 1 and segments[0].covers(batch, length):
+        return _attend(query, key, value, pattern, segments[0], scale, scores).transpose(1, 2).contiguous()
     output = query.new_zeros(batch, length, heads, value.shape[-1])
     for segment in segments:
-        part = _attend(query, key, value, pattern, segment, scale)
+        part = _attend(query, key, value, pattern, segment, scale, scores)
         rows = segment.rows
         if isinstance(rows, Tensor) and isinstance(segment.queries, Tensor):
             rows = rows[:, None]
@@ -121,7 +133,13 @@ def attend_segments(
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, segment: Segment, scale: float | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    segment: Segment,
+    scale: float | None,
+    scores: Sequence[Score],
 ) -> Tensor:
     query = query[segment.rows][:, :, segment.queries]
     key, value = (side[segment.rows][:, :, segment.keys] for side in (key, value))
@@ -130,7 +148,7 @@ def _attend(
         period = _period(pattern, query.shape[1])
         gap = segment.dropped % period if period else segment.dropped
         key, value = (F.pad(side, (0, 0, gap, 0)) for side in (key, value))
-    return attend(query, key, value, pattern, scale=scale)
+    return attend(query, key, value, pattern, scale=scale, scores=scores)
 
 
 def _period(pattern: Pattern, heads: int) -> int | None:
@@ -139,8 +157,12 @@ def _period(pattern: Pattern, heads: int) -> int | None:
     return None if None in periods else math.lcm(*(period for period in periods if period))
 
 
-def _covers(segment: Segment, batch: int, length: int) -> bool:
-    return segment.rows == slice(0, batch) and segment.queries == slice(0, length)
+def _is(part: slice | Tensor, size: int) -> bool:
+    return isinstance(part, slice) and part == slice(0, size)
+
+
+def _count(part: slice | Tensor, size: int) -> int:
+    return len(range(*part.indices(size))) if isinstance(part, slice) else len(part)
 
 
 def _shortest(columns: Tensor) -> slice | Tensor:

@@ -1,0 +1,254 @@
+"""Cache: behind transformers' `past_key_values`, the keys that a model's patterns may still read."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from longspan import cache as held
+from longspan.errors import PatternError, PlanError, ShapeError, message
+from longspan.hf.attention import NAME, attention_modules
+from longspan.hf.batch import Batch
+from longspan.pattern import Pattern
+
+
+class PatternCache(Cache):
+    """What `model.generate(..., past_key_values=PatternCache(model))` keeps: only keys that can still be read.
+
+    Law: greedy, sampled and beam search choose the tokens that they choose when the whole text is computed anew at
+    every step with the same patterns; rows may be padded on the left. Each layer holds what its own pattern, and the
+    model's own window, may still read: a window's worth of keys for a window, everything for dense attention.
+
+    Whatever is refused leaves the cache as it was.
+
+    Args:
+        model: a decoder that `set_pattern` was called on, wrapped or not. The cache is for this model alone.
+        block: tokens that are taken in before dead keys are let go, at least 1.
+        undo: tokens that can be taken back, which assisted decoding needs: how many are guessed at a time and one.
+        storage: None for keys and values as they are; "int8" for eight bits, each number within 1 / 254 of the largest
+            in its token and head.
+
+    Raises:
+        PatternError: a model without patterns, or one whose positions turn keys by the length of the text.
+        ShapeError: an option outside its range. By the model's forward: another model, patterns that were changed, a
+            mask or batch that does not continue what was read, keys that want a gradient.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from longspan.hf import set_pattern
+        >>> from longspan.pattern import Streaming
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> set_pattern(model, Streaming(16, sinks=4))
+        >>> cache = PatternCache(model, block=1)
+        >>> ids = torch.arange(3, 43)[None]
+        >>> options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        >>> model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **options).shape
+        torch.Size([1, 60])
+        >>> cache.get_seq_length(), cache.layers[0].kept.held(head=0)[:6]
+        (59, [0, 1, 2, 3, 43, 44])
+    """
+
+    def __init__(
+        self, model: nn.Module, *, block: int = 64, undo: int = 0, storage: str | None = None
+    ) -> None:
+        modules = attention_modules(model)
+        unset = [module for module in modules if not hasattr(module, NAME)]
+        if unset:
+            raise PatternError(
+                message(
+                    "This model has no patterns, so nothing says which keys can still be read.",
+                    {"model": type(model).__name__},
+                    fix="set_pattern(model, SlidingWindow(4096)), then PatternCache(model)",
+                )
+            )
+        # Says what is wrong with the options now rather than in the middle of a forward.
+        held.Cache(
+            modules[0].longspan.pattern,
+            heads=modules[0].config.num_attention_heads,
+            block=block,
+            undo=undo,
+            storage=storage,
+        )
+        options = {"block": block, "undo": undo, "storage": storage}
+        layers = [
+            PatternLayer(module, options) for module in sorted(modules, key=lambda each: each.layer_idx)
+        ]
+        for layer in layers:
+            layer.family = layers
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take on all layers, free slots included."""
+        return sum(layer.kept.nbytes for layer in self.layers if layer.kept is not None)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens; `tokens_to_remove` is their number below zero, as in transformers."""
+        for layer in self.layers:
+            layer.check_crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
+    def __str__(self) -> str:
+        return (
+            f"PatternCache: {self.get_seq_length()} tokens read, {self.nbytes:,} bytes in {len(self)} layers"
+        )
+
+
+class PatternLayer(CacheLayerMixin):
+    """One layer of a `PatternCache`.
+
+    Transformers hands keys to a cache before it knows which tokens are padding. So `update` takes nothing in: it
+    marks the new keys, and the attention function, which knows, finds the mark and asks `attend` here.
+
+    Attributes:
+        kept: the keys and values, None before the first token.
+        columns: tokens read, padding included.
+    """
+
+    is_sliding = False
+
+    def __init__(self, module: nn.Module, options: dict[str, Any]) -> None:
+        super().__init__()
+        # Weak, so that a cache that outlives its model does not hold its weights, and a copy does not copy them.
+        self.module, self.setting = weakref.ref(module), module.longspan
+        self.options = options
+        self.family: list[PatternLayer] = [self]
+        self.reset()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing is allocated before the first attention."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        key_states = key_states.view_as(key_states)
+        key_states.longspan = self
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        batch: Batch,
+        scale: float | None,
+    ) -> Tensor:
+        """Return attention `[batch, length, heads, width]` of the new tokens, and take them in."""
+        self._check(module, pattern, batch, key.shape[2])
+        kept = self.kept
+        if kept is None:
+            kept = held.Cache(pattern, heads=query.shape[1], key_heads=key.shape[1], **self.options)
+        output = kept.attend(query, key, value, real=batch.real, start=batch.starts, scale=scale)
+        self.kept, self.pattern = kept, pattern
+        self.columns += key.shape[2]
+        if batch.real is None:
+            self._full += key.shape[2]
+        else:
+            # Columns at the end that every row has a token in: those may be counted back.
+            full = batch.real.all(dim=0).flip(0).long().cumprod(0).sum()
+            self._full = int(full) + (self._full if full == key.shape[2] else 0)
+        return output.transpose(1, 2).contiguous()
+
+    def reset(self) -> None:
+        self.kept: held.Cache | None = None
+        self.pattern: Pattern | None = None
+        self.columns, self._full = 0, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.kept is not None:
+            self.kept.select(torch.arange(len(self.kept.lengths)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.kept is not None:
+            rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+            self.kept.select(rows)
+
+    def activate_past_recording(self) -> None:
+        """Transformers announces that tokens will be taken back; how many, `undo` has to say."""
+
+    def check_crop(self, tokens_to_remove: int) -> None:
+        """Raise where so many tokens cannot be taken back."""
+        number = abs(tokens_to_remove)
+        if tokens_to_remove > 0 or number > self._full:
+            raise ShapeError(
+                message(
+                    "These tokens cannot be taken back.",
+                    {
+                        "asked": f"crop({tokens_to_remove})",
+                        "why": f"{self._full} columns at the end hold a token in every row, and are counted below zero",
+                    },
+                    fix="crop(-1), or fewer tokens than padding allows",
+                )
+            )
+        if self.kept is not None:
+            self.kept.check_crop([length - number for length in self.kept.lengths])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.check_crop(tokens_to_remove)
+        if self.kept is not None:
+            self.kept.crop([length - abs(tokens_to_remove) for length in self.kept.lengths])
+        self.columns -= abs(tokens_to_remove)
+        self._full -= abs(tokens_to_remove)
+
+    def _check(self, module: nn.Module, pattern: Pattern, batch: Batch, tokens: int) -> None:
+        """Refuse what does not continue this cache. The first layer speaks for all, before any has changed."""
+        if self.module() is not module:
+            raise self._refuse("it was made for another model", "PatternCache(model) for this one")
+        if self is self.family[0]:
+            for layer in self.family:
+                if getattr(layer.module(), NAME, None) is not layer.setting:
+                    raise self._refuse(
+                        "the model's patterns were set anew after it was made",
+                        "PatternCache(model) after set_pattern",
+                    )
+                if layer.columns != self.columns:
+                    raise self._refuse("an earlier forward broke off between its layers", "cache.reset()")
+        if self.pattern not in (None, pattern):
+            raise self._refuse("the model's own window changed", "PatternCache(model) for this model")
+        turned_anew = _turned_anew(module.config)
+        if turned_anew is not None and self.columns:
+            dynamic, trained = turned_anew
+            longest = self.columns + tokens
+            if longest > trained and (dynamic or min(self.kept.lengths) <= trained):
+                raise self._refuse(
+                    f"beyond {trained} tokens its rotary positions turn all keys anew, and what later layers "
+                    "computed from them",
+                    "use_cache=False, or positions that do not change with the length: yarn, linear, llama3",
+                )
+
+    def _refuse(self, reason: str, fix: str) -> PlanError:
+        return PlanError(message("This cache cannot be read here.", {"why": reason}, fix=fix))
+
+
+def _turned_anew(config: PretrainedConfig) -> tuple[bool, int] | None:
+    """Return whether angles change with every token past the trained length, and that length; None if they never do."""
+    given = getattr(config, "rope_parameters", None) or {}
+    kinds = [kind for kind in given.values() if isinstance(kind, Mapping)] or [given]
+    found = []
+    for kind in kinds:
+        if kind.get("rope_type") == "dynamic":
+            found.append((True, config.max_position_embeddings))
+        elif kind.get("rope_type") == "longrope" and kind.get("short_factor") != kind.get("long_factor"):
+            found.append((False, kind["original_max_position_embeddings"]))
+    return min(found, key=lambda one: one[1]) if found else None
