@@ -1,8 +1,12 @@
-"""`longspan eval`: perplexity by context length and passkey retrieval by length and depth."""
+"""`longspan eval`: how well models read long texts, measured side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from difflib import get_close_matches
 from pathlib import Path
 from platform import python_version
 from typing import Annotated
@@ -13,6 +17,7 @@ from longspan.cli.lengths import parse_lengths
 from longspan.errors import InputError, message
 
 _PICTURES = (".png", ".svg", ".pdf")
+_REPORTS = (".html", ".md")
 
 
 def command(
@@ -26,6 +31,14 @@ def command(
     lengths: Annotated[
         str, typer.Option(metavar="N,N,...", help="Context lengths in tokens; 4k is 4096.")
     ] = "512,1k,2k,4k",
+    tasks: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="What to measure: perplexity, passkey, needle, multikey, multivalue, multiquery, variables, "
+            "common-words, frequent-words, speed; ruler is the seven in the middle, all is all.",
+        ),
+    ] = "perplexity,passkey",
     text: Annotated[
         str | None,
         typer.Option(
@@ -43,12 +56,15 @@ def command(
     ] = 256,
     segments: Annotated[int, typer.Option(min=1, metavar="N", help="Windows at each length.")] = 24,
     depths: Annotated[
-        str, typer.Option(metavar="D,D,...", help="Where passkeys are hidden, 0 (beginning) to 1 (end).")
+        str,
+        typer.Option(
+            metavar="D,D,...", help="Where passkeys and needles are hidden, 0 (beginning) to 1 (end)."
+        ),
     ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Passkey prompts at each length and depth.")
+        int, typer.Option(min=1, metavar="N", help="Prompts of each task at each length and depth.")
     ] = 4,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the passkey prompts.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the prompts.")] = 0,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -70,13 +86,20 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Draw the curves here (PNG, SVG, PDF).", show_default=False),
     ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Write tables, curves and maps as one page (HTML, MD).", show_default=False
+        ),
+    ] = None,
 ) -> None:
     """Measure how well models read long texts, side by side.
 
     Perplexity: the same held-out tokens, predicted from contexts of every length.
     Passkeys: five digits hidden in a long text and asked for at its end.
+    More with --tasks: needles, chains of variables, frequent words (in the manner of RULER), speed and memory.
 
-    Example: longspan eval default out --lengths 512,2k,8k --picture curves.png
+    Example: longspan eval default out --lengths 512,2k,8k --tasks all --report report.html
     """
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
@@ -84,7 +107,9 @@ def command(
     from longspan.cli.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.evaluate.chart import chart
-    from longspan.evaluate.evaluation import Protocol, evaluate
+    from longspan.evaluate.evaluation import GROUPS, MEASURES, Protocol, evaluate
+    from longspan.evaluate.page import save
+    from longspan.evaluate.reading import readings
     from longspan.evaluate.report import Report
     from longspan.evaluate.table import table
     from longspan.hf.attention import set_pattern
@@ -101,19 +126,41 @@ def command(
         depths=parse_depths(depths),
         trials=trials,
         seed=seed,
+        measures=parse_measures(tasks, MEASURES, GROUPS),
     )
     sparse = None if pattern is None else parse(pattern)
     place = device_named(device)
     check_output(json, (".json",))
     check_output(picture, _PICTURES)
+    check_output(report, _REPORTS)
+    if picture is not None and not {"perplexity", "passkey"} <= set(protocol.measures):
+        raise InputError(
+            message(
+                "A picture shows perplexity and passkeys.",
+                {"asked": f"--picture with --tasks {tasks}"},
+                fix="--report, whose page shows whatever was measured",
+            )
+        )
     sources = models or ["default"]
-    for source in sources:
-        load_config(source)
+    named = labels(sources)
+    configs = [load_config(source) for source in sources]
+    drawn = (
+        readings(
+            (
+                (label, config, *trained(source))
+                for label, source, config in zip(named, sources, configs, strict=True)
+            ),
+            pattern=sparse,
+            length=max(protocol.lengths),
+        )
+        if report
+        else ()
+    )
     held = split(documents(text, column=column))[1]
 
     evaluations = []
     with Progress() as progress:
-        for source, label in zip(sources, labels(sources), strict=True):
+        for source, label in zip(sources, named, strict=True):
             model, tokenizer = load_model(source, device=place)
             if sparse is not None:
                 set_pattern(model, sparse)
@@ -128,16 +175,27 @@ def command(
                     progress=progress.task,
                 )
             )
-    described = text or f"the standard library of Python {python_version()}"
-    report = Report(described, len(held), tuple(evaluations), pattern=None if sparse is None else str(sparse))
+    found = Report(
+        text or f"the standard library of Python {python_version()}",
+        len(held),
+        tuple(evaluations),
+        pattern=None if sparse is None else str(sparse),
+        protocol=protocol,
+        command=shlex.join(["longspan", *sys.argv[1:]]),
+        day=date.today().isoformat(),
+        readings=drawn,
+    )
     console = Console()
-    console.print(table(report))
-    if json is not None:
-        report.save(json)
-        console.print(f"figures in {json}", highlight=False, markup=False)
-    if picture is not None:
-        chart(report, picture)
-        console.print(f"curves in {picture}", highlight=False, markup=False)
+    console.print(table(found))
+    written: list[tuple[str, Path | None, Callable[[Path], None]]] = [
+        ("figures", json, found.save),
+        ("curves", picture, lambda path: chart(found, path)),
+        ("report", report, lambda path: save(found, path)),
+    ]
+    for what, path, write in written:
+        if path is not None:
+            write(path)
+            console.print(f"{what} in {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 def labels(sources: Sequence[str]) -> list[str]:
@@ -149,6 +207,23 @@ def labels(sources: Sequence[str]) -> list[str]:
     """
     short = [Path(source).name or source for source in sources]
     return short if len(set(short)) == len(short) else list(sources)
+
+
+def trained(source: str) -> tuple[tuple[str, ...], int]:
+    """Return the expressions of the patterns that a model was trained with, and the tokens of a training window.
+
+    There are none where no recipe lies beside the model.
+
+    Raises:
+        InputError: there is a recipe that cannot be read.
+    """
+    from longspan.extend import settings
+
+    folder = Path(source).expanduser()
+    if not (folder / settings.FILE).is_file():
+        return (), 0
+    recipe = settings.load(folder)
+    return recipe.patterns(recipe.window), recipe.window
 
 
 def parse_depths(text: str) -> tuple[float, ...]:
@@ -179,6 +254,37 @@ def parse_depths(text: str) -> tuple[float, ...]:
     return tuple(sorted(depths))
 
 
+def parse_measures(text: str, known: Sequence[str], groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return measures that stand between commas, in the order of `known`, each once.
+
+    Args:
+        text: names of measures and of groups.
+        known: every measure.
+        groups: names that stand for several measures.
+
+    Raises:
+        InputError: there is no such measure.
+
+    Example:
+        >>> parse_measures("c,ab", ["a", "b", "c"], {"ab": ["a", "b"]})
+        ('a', 'b', 'c')
+    """
+    asked: set[str] = set()
+    for part in text.split(","):
+        name = part.strip().lower()
+        if name not in known and name not in groups:
+            near = get_close_matches(name, [*known, *groups], n=1, cutoff=0.5)
+            raise InputError(
+                message(
+                    f"There is no task called {name!r}.",
+                    {"asked": f"--tasks {text}", "there are": f"{', '.join([*known, *groups])}"},
+                    fix=near[0] if near else "some of these, between commas",
+                )
+            )
+        asked |= {name} if name in known else set(groups[name])
+    return tuple(name for name in known if name in asked)
+
+
 def check_output(path: Path | None, endings: Sequence[str]) -> None:
     """Refuse a file that could not be written after the work is done.
 
@@ -196,8 +302,24 @@ def check_output(path: Path | None, endings: Sequence[str]) -> None:
                 fix=str(path.with_suffix(endings[0])),
             )
         )
-    if not path.parent.is_dir() or path.is_dir():
-        reason = "it is a folder" if path.is_dir() else f"there is no folder {str(path.parent)!r}"
+    reason = _unwritable(path)
+    if reason:
         raise InputError(
             message("A file cannot be written.", facts | {"because": reason}, fix="another path")
         )
+
+
+def _unwritable(path: Path) -> str:
+    """Say why a file cannot be written, or nothing: found by opening it, and leaving all as it was."""
+    if path.is_dir():
+        return "it is a folder"
+    if not path.parent.is_dir():
+        return f"there is no folder {str(path.parent)!r}"
+    there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        return error.strerror or str(error)
+    if not there:
+        path.unlink()
+    return ""

@@ -49,7 +49,8 @@ def chart(report: Report, path: str | Path) -> None:
     """Draw a report and save it, in the format that the path's ending names.
 
     Perplexity and passkey retrieval by context length stand side by side, a line per model, lengths on a scale
-    of powers of two. Below them a map per model shows retrieval by depth and length.
+    of powers of two. Below them a map per model shows retrieval by depth and length. Both must have been measured;
+    pages (`longspan.evaluate.page`) show whatever was.
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 7.2), facecolor="white")
