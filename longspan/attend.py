@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
-from longspan.kernel import reference, sdpa
-from longspan.kernel.plan import choose, head_groups, scores_refusal
-from longspan.kernel.sides import one_sided_groups
+from longspan.kernel import opaque, reference, sdpa
+from longspan.kernel.plan import choose, scores_refusal
 from longspan.pattern import Pattern
 from longspan.score import Score, collect
 
@@ -95,28 +94,31 @@ def attend_with_lse(
         tensor([[[1., 2., 3., 4.]]])
     """
     query, key, value = _alike(query, key, value)
-    positions = _positions(query, key, value, pattern, queries)
-    heads, width = query.shape[1], query.shape[-1]
-    changes = collect(scores, heads)
-    scale = width**-0.5 if scale is None else scale
-    keys = range(key.shape[2])
-    refusals = {
-        "sdpa": sdpa.refusal(query, changes),
-        "reference": scores_refusal(reference.scores_bytes(query, key)),
-    }
-    chosen = "sdpa"
-    if refusals["sdpa"] or kernel not in ("sdpa", None):
-        chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, positions))
+    _check(query, key, value, pattern, queries)
+    changes = collect(scores, query.shape[1])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows, keys = query.shape[2], key.shape[2]
+    start, step = (keys - rows, 1) if queries is None else (queries.start, queries.step)
+    chosen, why_not_sdpa = "sdpa", sdpa.refusal(query, changes)
+    if why_not_sdpa or kernel not in ("sdpa", None):
+        refusals = {"sdpa": why_not_sdpa, "reference": scores_refusal(reference.scores_bytes(query, key))}
+        where = range(start, start + step * rows, step)
+        chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, where))
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
     with torch.autocast(query.device.type, enabled=False):
+        if chosen == "sdpa" and torch.compiler.is_compiling():
+            # A range would make the compiler take every length for a constant.
+            return opaque.attend(
+                query, key, value, pattern, start=start, step=step, scale=scale, changes=changes
+            )
+        positions = range(start, start + step * rows, step)
         if chosen == "reference":
             return reference.attend(
                 query, key, value, pattern, queries=positions, scale=scale, changes=changes
             )
-        grouped = head_groups if changes.slopes is None else one_sided_groups
-        work = sdpa.Work(grouped(pattern, heads, positions, keys), positions, scale, changes.slopes)
+        work = opaque.work(pattern, query.shape[1], positions, keys, scale, changes.slopes)
         return sdpa.attend(query, key, value, changes.sinks, work)
 
 
@@ -147,8 +149,8 @@ def _facts(
     }
 
 
-def _positions(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None) -> range:
-    """Return the positions of the queries, or raise ShapeError where anything does not fit."""
+def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None) -> None:
+    """Raise ShapeError where anything does not fit."""
 
     def refuse(problem: str, fix: str) -> ShapeError:
         return ShapeError(message(problem, _facts(query, key, value, pattern, queries), fix=fix))
@@ -184,10 +186,8 @@ def _positions(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, quer
                 f"{rows} queries are not the last of {columns} positions.",
                 f"queries=range({rows}) says where they are",
             )
-        return range(columns - rows, columns)
-    if len(queries) != rows or queries.step < 1 or queries.start < 0:
+    elif len(queries) != rows or queries.step < 1 or queries.start < 0:
         raise refuse(
             f"`queries` names {len(queries)} positions for {rows} queries.",
             f"queries=range(start, start + {rows})",
         )
-    return queries

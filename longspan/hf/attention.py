@@ -125,11 +125,10 @@ def _attention(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
     query, key, value = (side.to(dtype) for side in (query, key, value))
     with torch.autocast(device, enabled=False):
+        scores = _scores(options)
         if cached is not None:
-            return cached.attend(module, query, key, value, pattern, batch, scaling), None
-        return attend_segments(
-            query, key, value, pattern, batch.segments, scale=scaling, scores=_scores(options)
-        ), None
+            return cached.attend(module, query, key, value, pattern, batch, scaling, scores), None
+        return attend_segments(query, key, value, pattern, batch.segments, scale=scaling, scores=scores), None
 
 
 def _scores(options: dict[str, Any]) -> list[Score]:
