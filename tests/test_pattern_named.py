@@ -368,7 +368,9 @@ def test_the_period_of_a_head_changes_no_pair(pattern: Pattern):
         check_period(pattern.at_head(head, 4))
 
 
-@pytest.mark.parametrize("pattern", [pattern for pattern, _ in ATOMS + NAMED if not getattr(pattern, "varies", False)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [pattern for pattern, _ in ATOMS + NAMED if not getattr(pattern, "varies", False)], ids=str
+)
 def test_ranges_far_from_the_beginning_are_read_at_absolute_positions(pattern: Pattern):
     """A part of the mask is the mask of a part."""
     whole = counts(pattern, length=200, heads=4)
