@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks, Side
+from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks
 from longspan.derive.extent import extent
-from longspan.derive.tiling import Tile, tiling
+from longspan.derive.region import Region, regions
+from longspan.derive.terms import terms
+from longspan.derive.tiling import SIZE, Tile, cheapest
 from longspan.errors import ShapeError, message
 from longspan.pattern import Pattern
 
@@ -63,33 +65,48 @@ def bins(
         )
     sides = edges(queries, cells[0]), edges(keys, cells[1])
     return sum(
-        (_binned(tile, sides[0] - tile.lead, sides[1]) for tile in tiling(pattern, queries, keys)),
+        (
+            _binned(region, *sides)
+            for term in terms(pattern)
+            for region in regions(term, queries, keys, size=SIZE)
+        ),
         start=np.zeros(cells, dtype=np.int64),
     )
 
 
-def _binned(tile: Tile, query_edges: np.ndarray, key_edges: np.ndarray) -> np.ndarray:
-    """Return the pairs of a tile between neighbouring query edges and neighbouring key edges."""
-    found = tile.blocks
-    heights, widths = found.extents()
-    rows = _before(found.query_side, found.query_class, found.row * found.size, heights, query_edges)
-    columns = _before(found.key_side, found.key_class, found.column * found.size, widths, key_edges)
+def _binned(region: Region, query_edges: np.ndarray, key_edges: np.ndarray) -> np.ndarray:
+    """Return the pairs of a region, and of those that equal it, between neighbouring edges."""
+    found = cheapest(region.term, region.queries, region.keys)
+    tile = Tile(region.term, found)
+    heights, widths = (np.tile(extent, region.times) for extent in found.extents())
+    again = np.arange(region.times)[:, None]
+    tops, lefts = (
+        (first + again * advance + start).ravel()
+        for first, advance, start in zip(
+            (region.query, region.key), region.advance, _starts(found, slice(None)), strict=True
+        )
+    )
+    rows = _before(tops, found.query_side.step, heights, query_edges)
+    columns = _before(lefts, found.key_side.step, widths, key_edges)
+    kind = np.tile(found.kind, region.times)
     # Products of whole numbers are exact in float64 here, and far faster than in int64.
-    full = found.kind == FULL
+    full = kind == FULL
     total = (rows[full].T.astype(np.float64) @ columns[full].astype(np.float64)).astype(np.int64)
-    for some in _few(np.flatnonzero(found.kind == TRIANGLE)):
+    for some in _few(np.flatnonzero(kind == TRIANGLE)):
         a, b = rows[some, :, None], columns[some, None, :]
         across = np.minimum(a, b)
         total += (a * across - across * (across - 1) // 2).sum(axis=0)
     pairs = _differences(total)
     partial = np.flatnonzero(found.kind == PARTIAL)
     looks, sample = _looks(tile, partial)
+    looks = np.tile(looks, region.times)
+    partials = np.flatnonzero(kind == PARTIAL)
     order = np.argsort(looks, kind="stable")
     for some in _few(order):
         first = looks[some[0]]
         tables = _tables(tile, partial[sample[first : looks[some[-1]] + 1]])
-        row, a = _nearby(rows[partial[some]])
-        column, b = _nearby(columns[partial[some]])
+        row, a = _nearby(rows[partials[some]])
+        column, b = _nearby(columns[partials[some]])
         inside = _differences(tables[(looks[some] - first)[:, None, None], a[:, :, None], b[:, None, :]])
         np.add.at(pairs, (row[:, :, None], column[:, None, :]), inside)
     return pairs
@@ -113,15 +130,12 @@ def _few(items: np.ndarray) -> list[np.ndarray]:
     return [items[start : start + _ABREAST] for start in range(0, len(items), _ABREAST)]
 
 
-def _before(
-    side: Side, residue: np.ndarray, first: np.ndarray, count: np.ndarray, at: np.ndarray
-) -> np.ndarray:
-    """Return how many of `count` places from `first` on lie before each index in `at`, `[rectangles, edges]`."""
-    begin = residue + first * side.step
-    return np.clip(-((begin[:, None] - at) // side.step), 0, count[:, None])
+def _before(begin: np.ndarray, step: int, count: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Return how many of `count` places, a step apart, lie before each index in `at`, `[rectangles, edges]`."""
+    return np.clip(-((begin[:, None] - at) // step), 0, count[:, None])
 
 
-def _starts(found: Blocks, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _starts(found: Blocks, chosen: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
     """Return the index of the first query and of the first key of some blocks."""
     q = found.query_class[chosen] + found.row[chosen] * found.size * found.query_side.step
     k = found.key_class[chosen] + found.column[chosen] * found.size * found.key_side.step

@@ -115,7 +115,9 @@ def reach(
               32      131,041  12.50%        131,040
           the first token is seen after 257 layers
     """
-    stack = list(pattern) if isinstance(pattern, (list, tuple)) else [pattern] * (1 if layers is None else layers)
+    stack = (
+        list(pattern) if isinstance(pattern, (list, tuple)) else [pattern] * (1 if layers is None else layers)
+    )
     query = length - 1 if query is None else query
     if not stack or len(stack) != (layers or len(stack)) or length < 1 or not 0 <= query < length:
         raise ShapeError(
@@ -144,13 +146,16 @@ class _Look:
         """Return the reach where all layers read alike: only tokens that are new have anything new to show."""
         view, fresh = self._itself(query), self._itself(query)
         seen, farthest = [], []
-        while len(seen) < layers and fresh.any():
+        while len(seen) < layers and fresh.any() and not view.all():
             fresh = self._read_by(pattern, fresh) & ~view
             view |= fresh
             seen.append(int(view.sum()))
             farthest.append(int(view.argmax()))
+        if not seen:
+            # A text of one token has nothing else to see.
+            seen, farthest = [1], [query]
         first = farthest.index(0) + 1 if 0 in farthest else None
-        settled = not fresh.any()
+        settled = bool(view.all()) or not fresh.any()
         more = layers - len(seen)
         if first is None and not settled:
             first, settled = self._onward(pattern, view, fresh, layers)
@@ -163,7 +168,8 @@ class _Look:
         for top in range(1, len(stack) + 1):
             view = self._itself(query)
             for pattern in reversed(stack[:top]):
-                view |= self._read_by(pattern, view)
+                if not view.all():
+                    view |= self._read_by(pattern, view)
             seen.append(int(view.sum()))
             farthest.append(int(view.argmax()))
         first = farthest.index(0) + 1 if 0 in farthest else None
@@ -235,7 +241,7 @@ def _stretches(rows: np.ndarray) -> list[range]:
 def _mark(region: Region, rows: np.ndarray, read: np.ndarray) -> None:
     """Mark the keys that the rows set in a region, and in those that equal it, read."""
     found = cheapest(region.term, region.queries, region.keys)
-    tile = Tile(region.term, 0, found)
+    tile = Tile(region.term, found)
     heights, widths = found.extents()
     tops, lefts = (
         residue + block * found.size * side.step

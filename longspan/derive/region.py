@@ -133,7 +133,10 @@ def _repeated(whole: Region, size: int) -> Iterator[Region]:
     if chunks is not None and chunks.around <= 1:
         yield from chunks.cut(cells=True)
         return
-    grid = (size * step * side.step for step, side in zip(whole.term.steps, (whole.queries, whole.keys), strict=True))
+    grid = (
+        size * step * side.step
+        for step, side in zip(whole.term.steps, (whole.queries, whole.keys), strict=True)
+    )
     strips = _strips(whole, lcm(unit, *grid), whole.queries.start)
     if strips is None or strips.last - strips.first < 2:
         yield whole
@@ -180,7 +183,10 @@ class _Strips:
             right = left + self.columns * (1 if cells else wide)
             yield from self._region(start, start + self.rows, left, right, self.last - self.first)
         yield from self._region(
-            stop, len(self.whole.queries), self.column + (self.last - self.before) * self.columns, len(self.whole.keys)
+            stop,
+            len(self.whole.queries),
+            self.column + (self.last - self.before) * self.columns,
+            len(self.whole.keys),
         )
 
     def _region(self, first: int, last: int, begin: int, end: int, times: int = 1) -> Iterator[Region]:
@@ -210,7 +216,9 @@ def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
     ends = column + np.arange(strips + 1) * columns
     left = _reads_nothing(whole.term, ending, keys, np.zeros_like(ends), ends)
     beginning = Progression.of(range(start, start + unit, queries.step))
-    right = _reads_nothing(whole.term, beginning, keys, ends + columns, np.full_like(ends, len(keys) + columns))
+    right = _reads_nothing(
+        whole.term, beginning, keys, ends + columns, np.full_like(ends, len(keys) + columns)
+    )
     if not left.any() or not right.any():
         return None
     before, after = int(left[::-1].argmax()), int(right.argmax())

@@ -21,7 +21,7 @@ def drawn(sheet: Sheet) -> str:
     """Return the text of an SVG file."""
     size = f"{_n(sheet.width)} {_n(sheet.height)}"
     width, height = size.split()
-    names = "; ".join(escape(grid.panel.title or grid.panel.caption) for grid in sheet.grids)
+    names = "; ".join(escape(_name(grid)) for grid in sheet.grids)
     cells = [line for number, grid in enumerate(sheet.grids) for line in _cells(grid, f"unread-{number}")]
     swatches = [
         f'<rect x="{_n(swatch.x)}" y="{_n(swatch.y)}" width="{_n(swatch.side)}" height="{_n(swatch.side)}" '
@@ -39,6 +39,11 @@ def drawn(sheet: Sheet) -> str:
             "</svg>\n",
         ]
     )
+
+
+def _name(grid: Grid) -> str:
+    """Say in words what is shown, for those who do not see it."""
+    return ", ".join(filter(None, [grid.panel.caption, grid.panel.title]))
 
 
 def _cells(grid: Grid, tile: str) -> list[str]:

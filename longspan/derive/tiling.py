@@ -1,4 +1,4 @@
-"""Tiling: the terms of a pattern, each in the layout in which it covers the fewest pairs.
+"""Tiling: a relation in the layout in which it covers the fewest pairs.
 
 A pattern of residues, such as a dilated one, is partial in every contiguous block. Inside its residue classes it is
 dense again, and a residue class of a tensor is a strided view, without a copy.
@@ -12,12 +12,11 @@ from math import lcm
 import numpy as np
 
 from longspan.derive.blocks import Blocks, Side, blocks
-from longspan.derive.terms import terms
 from longspan.pattern import Pattern
 
 SIZE = 128
 # Squares of blocks that may be looked at merely to compare the contiguous layout with a strided one.
-_COMPARABLE = 1 << 16
+COMPARABLE = 1 << 16
 _CLASS_PAIRS = 1 << 16
 
 
@@ -27,12 +26,10 @@ class Tile:
 
     Attributes:
         term: a relation, the pattern of one head or a term of it.
-        lead: index of the first query of these blocks among all queries.
         blocks: the rectangles that the relation fills.
     """
 
     term: Pattern
-    lead: int
     blocks: Blocks
 
     def positions(self, side: Side, first: int, places: int) -> np.ndarray:
@@ -47,19 +44,6 @@ class Tile:
         return np.broadcast_to(self.term.contains(q[:, None], k[None, :]), (rows, columns))
 
 
-def tiling(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) -> tuple[Tile, ...]:
-    """Return the tiles of the pattern of one head.
-
-    Law: the pairs of all tiles add up to the pattern's counts.
-    """
-    tiles = []
-    for term in terms(pattern):
-        for lead, rows in ((0, queries[: term.lead]), (term.lead, queries[term.lead :])):
-            if rows and keys:
-                tiles.append(Tile(term, lead, cheapest(term, rows, keys, size=size)))
-    return tuple(tiles)
-
-
 def cheapest(term: Pattern, queries: range, keys: range, *, size: int = SIZE) -> Blocks:
     """Return the blocks of a relation in the layout in which they cover the fewest pairs.
 
@@ -69,7 +53,7 @@ def cheapest(term: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     squares = -(-len(queries) // size) * -(-len(keys) // size)
     layouts = dict.fromkeys([(lcm(*term.steps),) * 2, term.steps])
     strided = [steps for steps in layouts if steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS]
-    if not strided or squares <= _COMPARABLE:
+    if not strided or squares <= COMPARABLE:
         strided.append((1, 1))
     found = [blocks(term, queries=queries, keys=keys, size=size, steps=steps) for steps in strided]
     return min(found, key=lambda layout: (layout.area, len(layout)))

@@ -103,7 +103,7 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
 @lru_cache(maxsize=64)
 def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> tuple[Tile, Runs]:
     """Return the runs of a region, which heads that differ elsewhere may have in common."""
-    tile = Tile(term, 0, cheapest(term, queries, keys, size=size))
+    tile = Tile(term, cheapest(term, queries, keys, size=size))
     return tile, runs(tile)
 
 

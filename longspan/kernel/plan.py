@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from longspan.derive.extent import extent
+from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, message
 from longspan.kernel import sdpa
+from longspan.kernel.bias import KEPT
 from longspan.kernel.parts import Part, parts
+from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys, workspace
 from longspan.pattern import Pattern
 
 # The most memory that dense scores may take.
@@ -26,6 +29,7 @@ class Plan:
         heads: number of query heads.
         queries, keys: absolute positions.
         width: numbers in a head's query.
+        dtype: of the tensors.
         kernel: the kernel that runs, "sdpa" or "reference".
         groups: heads that read alike, and their parts.
         refused: kernels that do not run, each with its reason.
@@ -36,6 +40,7 @@ class Plan:
     queries: range
     keys: range
     width: int
+    dtype: str
     kernel: str
     groups: tuple[sdpa.HeadGroup, ...]
     refused: tuple[tuple[str, str], ...]
@@ -55,37 +60,132 @@ class Plan:
         """Floating-point operations of the pairs forward, a multiply-add being two."""
         return 4 * self.width * self.pairs
 
+    @cached_property
+    def most_keys(self) -> int:
+        """The most keys that one query reads on one head, exactly, and counted as often as they are read."""
+        return max((most_keys(group.parts, len(self.queries)) for group in self.groups), default=0)
+
+    @cached_property
+    def blocks(self) -> BlockCounts:
+        """Blocks of 128 by 128 places in the layout of each part, over all heads: full, partial, and all others."""
+        counted = [(len(group.heads), *block_counts(group.parts)) for group in self.groups]
+        full, partial = (sum(heads * found[at] for heads, *found in counted) for at in (0, 1))
+        square = self.heads * -(-len(self.queries) // SIZE) * -(-len(self.keys) // SIZE)
+        return BlockCounts(full, partial, max(0, square - full - partial))
+
+    @cached_property
+    def workspace(self) -> tuple[int, int]:
+        """Bytes that the kernel takes at most beside inputs, outputs and gradients, forward and backward."""
+        size = max(4, _BYTES[self.dtype])
+        if self.kernel == "reference":
+            # Counts, scores, weights and their gradients are dense.
+            scores = self.heads * len(self.queries) * len(self.keys) * size
+            return 4 * scores, 8 * scores
+        each = [
+            workspace(
+                group.parts,
+                heads=len(group.heads),
+                width=self.width,
+                size=size,
+                limit=sdpa.WORKSPACE,
+                kept=KEPT,
+            )
+            for group in self.groups
+        ]
+        # Log-sum-exps and their gradients, in a few steps.
+        rows = 4 * self.heads * len(self.queries) * size
+        return rows + max(forward for forward, _ in each), rows + max(backward for _, backward in each)
+
+    @cached_property
+    def layout(self) -> str:
+        """In which order positions are read, and what the contiguous order would have cost."""
+        steps = {max(part.query.step, part.key.step) for group in self.groups for part in group.parts} - {1}
+        if not steps:
+            return "contiguous"
+        areas = [
+            (
+                len(group.heads),
+                *contiguous_area(self.pattern.at_head(group.heads[0], self.heads), self.queries, self.keys),
+            )
+            for group in self.groups
+        ]
+        area = sum(heads * each for heads, each, _ in areas)
+        bound = "" if all(exact for *_, exact in areas) else "up to "
+        return f"every {_listed(sorted(steps))}; contiguous blocks would compute {bound}{area:,}"
+
     def __str__(self) -> str:
         dense = self.heads * len(self.queries) * len(self.keys)
         share = self.pairs / dense if dense else 0.0
+        found = self.blocks
         rows = [
             ("pattern", str(self.pattern)),
-            ("heads", f"{self.heads}, width {self.width}"),
+            ("heads", f"{self.heads}, width {self.width}, {self.dtype}"),
             ("queries", f"{_span(self.queries)} reading keys {_span(self.keys)}"),
             ("pairs", f"{self.pairs:,}, {share:.2%} of all"),
+            ("most keys", f"{self.most_keys:,} for one query"),
+            ("blocks", f"{found.full:,} full, {found.partial:,} partial, {found.empty:,} empty"),
+            ("layout", self.layout),
             ("computed", f"{self.area:,}, {self.area / max(1, self.pairs):.2f} times the pairs"),
             ("flops", f"{self.flops:,} forward"),
+            ("workspace", f"{_size(self.workspace[0])} forward, {_size(self.workspace[1])} backward at most"),
             ("kernel", self.kernel),
             *(("refused", f"{name}: {why}") for name, why in self.refused),
         ]
-        lines = [f"  {label:<9} {text}" for label, text in rows]
+        lines = [f"  {label:<9}  {text}" for label, text in rows]
         for group in self.groups:
-            lines.append(f"  heads {', '.join(map(str, group.heads))}")
+            lines.append(f"  {_heads(group.heads)}")
             lines.extend(f"    {_line(part)}" for part in group.parts)
+            if not group.parts:
+                lines.append("    read nothing" if len(group.heads) > 1 else "    reads nothing")
         return "\n".join(["Plan", *lines])
 
 
 def _span(positions: range) -> str:
     step = f", every {positions.step}" if positions.step > 1 else ""
-    return f"{positions.start} to {positions.stop - 1}{step}" if positions else "none"
+    if len(positions) == 1:
+        return str(positions[0])
+    return f"{positions[0]:,} to {positions[-1]:,}{step}" if positions else "none"
+
+
+def _size(number: int) -> str:
+    """Write a number of bytes in the unit that leaves a few digits.
+
+    Example:
+        >>> _size(512), _size(33_554_432), _size(8_796_093_022_208)
+        ('512 bytes', '33.6 MB', '8,796.1 GB')
+    """
+    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= unit:
+            return f"{number / unit:,.1f} {name}"
+    return f"{number} bytes"
+
+
+def _listed(numbers: list[int]) -> str:
+    *others, last = map(str, numbers)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def _heads(numbers: range) -> str:
+    """Name some heads.
+
+    Example:
+        >>> _heads(range(3, 4)), _heads(range(8)), _heads(range(1, 8, 2)), _heads(range(0, 2))
+        ('head 3', 'heads 0 to 7', 'heads 1, 3 ... 7', 'heads 0 and 1')
+    """
+    if len(numbers) < 3:
+        return f"head{'s' * (len(numbers) > 1)} {_listed(list(numbers))}"
+    if numbers.step == 1:
+        return f"heads {numbers[0]} to {numbers[-1]}"
+    return f"heads {numbers[0]}, {numbers[1]} ... {numbers[-1]}"
 
 
 def _line(part: Part) -> str:
-    layout = "contiguous" if part.query.step == part.key.step == 1 else f"every {part.key.step}"
-    return (
-        f"{part.rectangles} x {part.kind:<6} {part.query.places} queries by {part.key.places} keys, "
-        f"{layout}, {part.pairs / part.area:.0%} of it read"
-    )
+    step = max(part.query.step, part.key.step)
+    strided = f", every {step}" if step > 1 else ""
+    read = "" if part.pairs == part.area else f", {part.pairs / part.area:.0%} of it read"
+    rows = f"{part.query.places:,} {'query' if part.query.places == 1 else 'queries'}"
+    columns = f"{part.key.places:,} key{'s' * (part.key.places > 1)}"
+    return f"{part.rectangles:,} x {part.kind:<6} {rows} by {columns}{strided}{read}"
 
 
 def plan(
@@ -124,16 +224,20 @@ def plan(
         >>> from longspan import SlidingWindow
         >>> print(plan(SlidingWindow(512), length=8192, heads=8))
         Plan
-          pattern   SlidingWindow(512)
-          heads     8, width 64
-          queries   0 to 8191 reading keys 0 to 8191
-          pairs     32,507,904, 6.06% of all
-          computed  40,372,224, 1.24 times the pairs
-          flops     8,322,023,424 forward
-          kernel    sdpa
-          heads 0, 1, 2, 3, 4, 5, 6, 7
-            60 x masked 128 queries by 640 keys, contiguous, 80% of it read
-            1 x causal 512 queries by 512 keys, contiguous, 100% of it read
+          pattern    SlidingWindow(512)
+          heads      8, width 64, float32
+          queries    0 to 8,191 reading keys 0 to 8,191
+          pairs      32,507,904, 6.06% of all
+          most keys  512 for one query
+          blocks     1,488 full, 992 partial, 30,288 empty
+          layout     contiguous
+          computed   40,372,224, 1.24 times the pairs
+          flops      8,322,023,424 forward
+          workspace  33.5 MB forward, 136.2 MB backward at most
+          kernel     sdpa
+          heads 0 to 7
+            1 x causal 512 queries by 512 keys
+            60 x masked 128 queries by 640 keys, 80% of it read
     """
     queries, keys = extent(length, queries)
     if dtype not in _BYTES:
@@ -150,7 +254,7 @@ def _plan(
     refusals = {"reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype]))}
     chosen, refused = choose(refusals, kernel, {"pattern": str(pattern)})
     groups = head_groups(pattern, heads, queries, keys)
-    return Plan(pattern, heads, queries, keys, width, chosen, groups, refused)
+    return Plan(pattern, heads, queries, keys, width, dtype, chosen, groups, refused)
 
 
 def choose(

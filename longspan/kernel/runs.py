@@ -16,6 +16,8 @@ from longspan.derive.tiling import Tile
 
 # Blocks that one run with a mask may span; wider ones are cut into a masked edge and an interior without mask.
 WIDEST = 48
+# Rows of blocks in one run without a mask; taller ones are cut into several, so that what a call gives stays small.
+TALLEST = 64
 PLAIN, MASKED, CAUSAL = 0, 1, 2
 
 
@@ -135,6 +137,8 @@ def _stretches(intervals: np.ndarray) -> np.ndarray:
         plain["row"][1:] == plain["row"][:-1] + 1
     )
     first = np.flatnonzero(np.concatenate([[True], ~above])) if len(plain) else np.zeros(0, dtype=np.int64)
+    depth = np.arange(len(plain)) - np.repeat(first, np.diff(np.append(first, len(plain))))
+    first = np.flatnonzero(depth % TALLEST == 0)
     tall = plain[first]
     tall["height"] = np.diff(np.append(first, len(plain)))
     return np.concatenate([tall, joined[joined["kind"] != PLAIN]])
