@@ -14,8 +14,8 @@ import torch
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
 from longspan.errors import PlanError, ShapeError
+from longspan.kernel import bias, sdpa, sides
 from longspan.kernel import plan as plan_module
-from longspan.kernel import sdpa, sides
 from longspan.kernel.parts import parts
 from longspan.pattern import (
     Causal,
@@ -287,3 +287,17 @@ def test_changes_are_collected_in_any_order():
     other = collect((Sinks(LOGITS), ALiBi(), SoftCap(5)), 4)
     assert (one.limit, one.slopes) == (other.limit, other.slopes) == (5.0, ALiBi().of(4))
     assert one.sinks is other.sinks is LOGITS
+
+
+def test_biases_are_kept_in_bounded_memory(monkeypatch: pytest.MonkeyPatch):
+    shelf = bias._Shelf()
+    monkeypatch.setattr(bias, "_shelf", shelf)
+    monkeypatch.setattr(bias, "KEPT", 400_000)
+    given = tensors(97, 97, torch.float32)
+    for width in (5, 9, 13, 17):
+        first = attend(*given, SlidingWindow(width), scores=ALIBI)
+        assert 0 < shelf.bytes <= 400_000
+        assert shelf.bytes == sum(held.bytes for held in shelf.held.values())
+        before = [id(held) for held in shelf.held.values()]
+        assert torch.equal(first, attend(*given, SlidingWindow(width), scores=ALIBI))
+        assert before == [id(held) for held in shelf.held.values()]
