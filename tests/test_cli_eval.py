@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,9 +12,12 @@ import pytest
 from rich.console import Console
 from tiny import byte_tokenizer, llama
 
+from longspan.cli.eval import check_output, parse_measures
 from longspan.cli.lengths import parse_length, parse_lengths
 from longspan.cli.progress import Progress
 from longspan.errors import InputError
+from longspan.evaluate.evaluation import GROUPS, MEASURES
+from longspan.evaluate.task import TASKS
 
 QUICK = ["--lengths", "128,256", "--stride", "64", "--segments", "2", "--depths", "0,1", "--trials", "1"]
 
@@ -66,6 +70,39 @@ def test_a_pattern_takes_the_place_of_dense_attention(run, model, text):
     assert "attention: SlidingWindow(8)" in narrow
 
 
+def test_the_tasks_asked_for_go_into_a_report(run, model, text, tmp_path):
+    pages = [tmp_path / "report.html", tmp_path / "report.md"]
+    asked = ["eval", model, "--text", text, "--lengths", "256", "--depths", "1", "--trials", "1"]
+    for page in pages:
+        code, out, err = run(
+            *asked, "--tasks", "needle,speed", "--pattern", "SlidingWindow(8)", "--report", page
+        )
+        assert code == 0
+        assert out.endswith(f"report in {page}\n") and "Perplexity" not in out
+        assert "Answers found by length (of 1 prompts for each task)" in out
+        assert [line.split(":")[0] for line in err.splitlines()] == ["tiny, needle", "tiny, speed"]
+        written = page.read_text()
+        assert "Which keys each query reads" in written and "tiny as measured, 256 tokens" in written
+        assert f"longspan eval {model} --text {text} --lengths 256" in written
+
+
+def test_a_report_draws_the_pattern_that_a_recipe_beside_the_model_names(run, model, text, tmp_path):
+    folder = tmp_path / "trained"
+    shutil.copytree(model, folder)
+    recipe = folder / "recipe.yaml"
+    recipe.write_text("length: 128\npattern: SlidingWindow({1/4})\n")
+    page = tmp_path / "report.md"
+    asked = ["eval", folder, "--text", text, *QUICK, "--tasks", "speed", "--report", page]
+    assert run(*asked)[0] == 0
+    assert "trained while training, 128 tokens" in page.read_text()
+    assert "Plan\n" in page.read_text() and "SlidingWindow(32)" in page.read_text()
+    recipe.write_text("length: [1\n")
+    page.unlink()
+    code, out, err = run(*asked)
+    assert (code, out) == (2, "") and err.startswith("The file of settings cannot be read.\n  asked")
+    assert not page.exists()
+
+
 def refused(problem, *arguments):
     return pytest.param(arguments, problem, id=problem)
 
@@ -85,6 +122,11 @@ def refused(problem, *arguments):
         refused("There is no such device.", "--device", "abacus"),
         refused("A file of this kind cannot be written.", "--picture", "curves.bmp"),
         refused("A file cannot be written.", "--json", "no/such/folder/figures.json"),
+        refused("A file of this kind cannot be written.", "--report", "report.pdf"),
+        refused("A file cannot be written.", "--report", "/proc/report.html"),
+        refused("There is no task called 'neddle'.", "--tasks", "perplexity,neddle"),
+        refused("A length is too short for this task.", "--tasks", "variables"),
+        refused("A picture shows perplexity and passkeys.", "--tasks", "speed", "--picture", "curves.png"),
     ],
 )
 def test_bad_input_gets_one_message_and_code_2(run, model, text, tmp_path, arguments, problem):
@@ -153,6 +195,37 @@ def test_what_is_not_a_depth_is_refused(run, model, text):
         "  wanted  0 (the beginning) to 1 (the end)\n"
         "  try     --depths 0,0.5,1\n"
     )
+
+
+def test_an_unknown_task_is_answered_with_the_likely_one(run, model, text):
+    known = ", ".join([*MEASURES, *GROUPS])
+    for asked, likely in [
+        ("neddle", "needle"),
+        ("common-word", "common-words"),
+        ("ppl", "some of these, between commas"),
+        ("", "some of these, between commas"),
+    ]:
+        _, _, err = run("eval", model, "--text", text, "--tasks", f"speed,{asked}")
+        assert err == (
+            f"There is no task called {asked!r}.\n"
+            f"  asked      --tasks speed,{asked}\n"
+            f"  there are  {known}\n"
+            f"  try        {likely}\n"
+        )
+
+
+def test_groups_stand_for_several_measures():
+    assert parse_measures("ruler", MEASURES, GROUPS) == TASKS
+    assert parse_measures("speed, ALL", MEASURES, GROUPS) == MEASURES
+    assert parse_measures("speed,perplexity", MEASURES, GROUPS) == ("perplexity", "speed")
+
+
+def test_checking_an_output_leaves_no_trace(tmp_path):
+    new, old = tmp_path / "new.json", tmp_path / "old.json"
+    old.write_text("kept")
+    for path in (new, old):
+        check_output(path, (".json",))
+    assert not new.exists() and old.read_text() == "kept"
 
 
 def test_outputs_that_cannot_be_written_are_refused(run, model, text, tmp_path):

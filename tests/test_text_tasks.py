@@ -80,7 +80,9 @@ def test_the_chain_of_variables_leads_from_the_value_to_every_name():
         assert [name for name, _ in steps] == list(prompt.answers) and len(steps) == 5
 
 
-@pytest.mark.parametrize(("length", "common", "often", "others"), [(500, 5, 8, {1}), (9000, 10, 30, {1, 2, 3})])
+@pytest.mark.parametrize(
+    ("length", "common", "often", "others"), [(500, 5, 8, {1}), (9000, 10, 30, {1, 2, 3})]
+)
 def test_common_words_are_the_most_frequent(length, common, often, others):
     prompt, entries = listed(common_words, length)
     counts = Counter(entries)

@@ -11,7 +11,7 @@ from longspan.evaluate import plot
 from longspan.evaluate.evaluation import Evaluation
 from longspan.evaluate.passkey import Passkey
 from longspan.evaluate.report import Report
-from longspan.evaluate.table import compared, figure, percents, reach, size
+from longspan.evaluate.table import bits, compared, figure, percents, reach, size
 from longspan.evaluate.task import THRESHOLD, Scores, means
 from longspan.kernel.plan import plan
 
@@ -137,7 +137,7 @@ def _perplexity(report: Report) -> Section:
         f"{found.stride:,}).{crossing}"
     )
     values = [evaluation.perplexity.values for evaluation in report.evaluations]
-    bits = [evaluation.perplexity.bits_per_byte for evaluation in report.evaluations]
+    losses = [evaluation.perplexity.bits_per_byte for evaluation in report.evaluations]
     note = (
         "The models' tokens differ, so compare bits per byte."
         if compared(report)
@@ -148,10 +148,10 @@ def _perplexity(report: Report) -> Section:
         (
             told,
             _legend(report),
-            (_curves(report, "Perplexity", values), _curves(report, "Bits per byte", bits)),
+            (_curves(report, "Perplexity", values), _curves(report, "Bits per byte", losses)),
             _grid(report, values, figure, least=True),
             note,
-            _grid(report, bits, lambda value: f"{value:.3f}", least=True),
+            _grid(report, losses, bits, least=True),
         ),
     )
 

@@ -64,6 +64,11 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 100 else f"{value:.2f}"
 
 
+def bits(value: float) -> str:
+    """Write bits per byte."""
+    return f"{value:.3f}" if math.isfinite(value) else "not finite"
+
+
 def percents(shares: Sequence[float]) -> list[str]:
     """Write shares as whole percents."""
     return [f"{share:.0%}" for share in shares]
@@ -128,7 +133,7 @@ def _perplexity(report: Report, first: Perplexity) -> list[RenderableType]:
             _rows(
                 report,
                 lambda evaluation: of(
-                    evaluation, lambda found: [f"{value:.3f}" for value in found.bits_per_byte]
+                    evaluation, lambda found: [bits(value) for value in found.bits_per_byte]
                 ),
             ),
         ]
