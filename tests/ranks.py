@@ -8,7 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -29,11 +29,16 @@ def together(folder: Path, ranks: int, job: Job, *arguments: Any, timeout: float
 
 
 def apart(
-    folder: Path, ranks: int, job: Job, *arguments: Any, timeout: float = 60.0
+    folder: Path,
+    ranks: int,
+    job: Job,
+    *arguments: Any,
+    timeout: float = 60.0,
+    watched: Sequence[int] | None = None,
 ) -> list[tuple[bool, Any]]:
     """Run as `together` does, and return for every rank whether it came to its end, and what it returned or raised.
 
-    A rank that is still there when the first to be done has waited for it for `timeout` seconds is ended.
+    Only the ranks `watched` are waited for; what is left of the others then is ended.
     """
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
@@ -43,8 +48,8 @@ def apart(
         processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(ranks)]
         for process in processes:
             process.start()
-    for process in processes:
-        process.join(200)
+    for rank in range(ranks) if watched is None else watched:
+        processes[rank].join(200)
     results = []
     for rank, process in enumerate(processes):
         process.kill()

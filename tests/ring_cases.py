@@ -18,7 +18,7 @@ from longspan.layout import Layout, contiguous, striped, zigzag
 from longspan.pattern import Pattern
 from longspan.ring.plan import settled
 
-LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+LAYOUTS = (contiguous, zigzag, striped)
 # Blocks so small that a short text has many.
 SIZE = 8
 
@@ -57,8 +57,8 @@ class Case:
         ]
 
     def alone(self) -> list[torch.Tensor]:
-        """Return output and gradients of one process, by the definition."""
-        *given, into = self.tensors()
+        """Return output and gradients of one process, by the definition in float64."""
+        *given, into = (side.double() for side in self.tensors())
         leaves = [side.requires_grad_() for side in given]
         output = attend(*leaves, self.pattern, kernel="reference")
         return [output.detach(), *torch.autograd.grad(output, leaves, into)]
@@ -85,10 +85,11 @@ def compare(rank: int, truths: Path) -> list[str]:
     wrong = []
     ranks = dist.get_world_size()
     for number, (case, truth) in enumerate(zip(CASES, torch.load(truths), strict=True)):
-        for turn, strategy in enumerate(ring.STRATEGIES):
-            # Every pattern meets every layout, under another strategy.
-            name = list(LAYOUTS)[(number + turn) % 3]
-            layout = LAYOUTS[name](case.length, ranks)
+        # Half of the patterns meet an even number of ranks and half an odd one; alone there is nothing to exchange.
+        if case in EVERY and (number % 2 != ranks % 2 or ranks == 1):
+            continue
+        layout = LAYOUTS[(number + ranks) % 3](case.length, ranks)
+        for strategy in ring.STRATEGIES:
             wrong += [
                 f"{case} on {layout} by {strategy}: {fault}"
                 for fault in faults(rank, case, truth, layout, strategy)
@@ -107,7 +108,9 @@ def faults(
     with sending() as backward:
         gradients = torch.autograd.grad(output, leaves, into)
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-6
-    for name, got, whole in zip(("output", "query", "key", "value"), (output, *gradients), truth, strict=True):
+    for name, got, whole in zip(
+        ("output", "query", "key", "value"), (output, *gradients), truth, strict=True
+    ):
         right = whole[:, :, at]
         # Relative to the largest number of the whole, as sums over many keys are rounded to.
         allowed = tolerance * max(1.0, whole.abs().max().item())
@@ -127,7 +130,7 @@ def sending() -> Iterator[list[int]]:
     """Collect the bytes that this rank sends to others, as torch.distributed is told to send them."""
     sent: list[int] = []
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    kept = dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single
+    kept = dist.batch_isend_irecv, dist.broadcast
 
     def batch(operations: list[dist.P2POp]) -> Any:
         sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
@@ -137,12 +140,8 @@ def sending() -> Iterator[list[int]]:
         sent.append((ranks - 1) * tensor.nbytes if group_src == rank else 0)
         return kept[1](tensor, group_src=group_src, **options)
 
-    def all_to_all(out: torch.Tensor, given: torch.Tensor, outs: list[int], ins: list[int], **options: Any) -> Any:
-        sent.append(given.nbytes - ins[rank] * given.element_size())
-        return kept[2](out, given, outs, ins, **options)
-
-    dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = batch, broadcast, all_to_all
+    dist.batch_isend_irecv, dist.broadcast = batch, broadcast
     try:
         yield sent
     finally:
-        dist.batch_isend_irecv, dist.broadcast, dist.all_to_all_single = kept
+        dist.batch_isend_irecv, dist.broadcast = kept

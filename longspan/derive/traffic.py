@@ -15,6 +15,8 @@ from longspan.pattern import Pattern, Progression
 
 # Rectangles that are read at a time.
 _ABREAST = 1 << 18
+# Pairs that are asked about, besides, to see whether one is read.
+_ASKED = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +93,24 @@ def traffic(pattern: Pattern, layout: Layout, *, heads: int = 1, size: int = 128
         raise ShapeError(
             message("A block holds at least one place.", {"asked": f"size={size}"}, fix="size=128")
         )
-    table = _table(layout, size)
+    table, pieces_held = _table(layout, size), _table(layout, max(1, layout.length))
+    # Whole pieces are looked at before their blocks.
+    owner = np.searchsorted(_order(pieces_held), _order(table))
     singles = dict.fromkeys(pattern.at_head(head, heads) for head in range(heads))
     names = ["destination", "source", "start", "stop"]
     found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64) for _ in names]]
     for destination, pieces in enumerate(layout.shards):
-        elsewhere = np.flatnonzero(table["rank"] != destination)
-        needed = np.zeros(len(elsewhere), dtype=bool)
+        needed = np.zeros(len(table), dtype=bool)
         for single in singles:
             for piece in pieces:
-                open_ = np.flatnonzero(~needed)
-                needed[open_] = _read(single, piece, table[elsewhere[open_]], size)
-        found.append([np.full(0, 0), *_joined(table[elsewhere[needed]])])
-        found[-1][0] = np.full(len(found[-1][1]), destination)
+                bracket = single.count(Progression.of(piece), _progression(pieces_held))
+                near = np.broadcast_to(~bracket.empty, len(pieces_held)) & (
+                    pieces_held["rank"] != destination
+                )
+                asked = np.flatnonzero(near[owner] & ~needed)
+                needed[asked] = _read(single, piece, table[asked], size)
+        runs = _joined(table[needed])
+        found.append([np.full(len(runs[0]), destination), *runs])
     return Traffic(layout, size, *(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
@@ -124,6 +131,15 @@ def _table(layout: Layout, size: int) -> np.ndarray:
             made["step"] = np.where(last - first > 1, piece.step, 0)
             rows.append(made)
     return np.concatenate(rows)
+
+
+def _order(blocks: np.ndarray) -> np.ndarray:
+    """Return a number for each block that grows with its rank and piece."""
+    return blocks["rank"] * (1 + blocks["piece"].max(initial=0)) + blocks["piece"]
+
+
+def _progression(blocks: np.ndarray) -> Progression:
+    return Progression(blocks["low"], blocks["high"], blocks["step"])
 
 
 def _read(pattern: Pattern, piece: range, keys: np.ndarray, size: int) -> np.ndarray:
@@ -157,17 +173,18 @@ def _look(
     """Say which rectangles of queries and keys hold no pair for certain, and which hold one for certain."""
     low, high = (piece.start + place * piece.step for place in (first, last))
     q = Progression(low, high, np.where(last > first, piece.step, 0))
-    k = Progression(keys["low"], keys["high"], keys["step"])
-    bracket = pattern.count(q, k)
+    bracket = pattern.count(q, _progression(keys))
     empty = np.broadcast_to(bracket.empty, first.shape)
     settled = np.broadcast_to(bracket.full, first.shape).copy()
-    # One pair that is read settles a rectangle: the queries at both ends are asked about a few of its keys.
+    # One pair that is read settles a rectangle: the queries at both ends are asked about its keys, or some of them.
     asked = np.flatnonzero(~empty & ~settled)
-    for place in range(8):
-        at = (keys["stop"][asked] - keys["start"][asked] - 1) * place // 7
-        key = keys["low"][asked] + at * keys["step"][asked]
-        for query in (low[asked], high[asked]):
-            settled[asked] |= np.broadcast_to(pattern.count(query, key), asked.shape) > 0
+    if len(asked):
+        places = int((keys["stop"] - keys["start"]).max())
+        some = np.arange(0, places, max(1, places * len(asked) // _ASKED))
+        at = np.minimum(some, (keys["stop"] - keys["start"])[asked, None] - 1)
+        key = keys["low"][asked, None] + at * keys["step"][asked, None]
+        for query in (low[asked, None], high[asked, None]):
+            settled[asked] |= (np.broadcast_to(pattern.count(query, key), key.shape) > 0).any(axis=1)
     return empty, settled
 
 

@@ -128,7 +128,8 @@ def _problem(
         attend_alone(*(side[:, :, :0].detach() for side in (query, key, value)), pattern, queries=range(0))
     except (LongspanError, IndexError) as error:
         return str(error)
-    lengths = {side.shape[2] for side in (query, key, value)}
-    if lengths != {layout.places(rank)}:
-        return f"holds {layout.places(rank)} of {layout.length} tokens by its layout, got {sorted(lengths)}"
+    places, sides = layout.places(rank), {"query": query, "key": key, "value": value}
+    if any(side.shape[2] != places for side in sides.values()):
+        got = ", ".join(f"{side.shape[2]} in {name}" for name, side in sides.items())
+        return f"holds {places} of {layout.length} tokens by its layout, got {got}"
     return None

@@ -103,10 +103,9 @@ class Plan:
         mean = self.pairs.mean()
         return float(self.pairs.max() / mean) if mean else 1.0
 
-    @cached_property
-    def costs(self) -> dict[str, int]:
-        """Bytes that the busiest rank receives in a forward pass, for every strategy."""
-        return {name: int(self.moved_by(name).sum(axis=1).max()) for name in STRATEGIES}
+    def busiest(self, strategy: str) -> int:
+        """Return the bytes that the busiest rank receives in a forward pass under a strategy."""
+        return int(self.moved_by(strategy).sum(axis=1).max())
 
     def share(self, rank: int) -> tuple[range, range]:
         """Return the query heads that a rank works on where heads are shared out, and the key heads they read."""
@@ -164,8 +163,8 @@ class Plan:
             ("strategy", self.strategy),
             ("needed", f"{self.traffic.blocks:,} key blocks of {size} from other ranks"),
             *(
-                ("would get", f"{name:<8} {cost:,} bytes on the busiest rank")
-                for name, cost in self.costs.items()
+                ("received", f"by the busiest rank, {self.busiest(name):,} bytes under {name}")
+                for name in STRATEGIES
             ),
             ("balance", f"{self.balance:.3f}, the slowest rank over the mean"),
         ]
@@ -282,7 +281,7 @@ def settled(
     strategy: str | None,
 ) -> Plan:
     """Return the plan of checked arguments, with the cheapest strategy where none is given."""
-    between = traffic(pattern, layout, heads=heads[0], size=SIZE)
+    between = _between(pattern, layout, heads[0], SIZE)
 
     def planned(name: str) -> Plan:
         return Plan(pattern, layout, *heads, widths, row, name, between)
@@ -291,8 +290,15 @@ def settled(
         return planned(strategy)
     others = layout.length - np.array([layout.places(rank) for rank in range(layout.ranks)])
     dense = bool((2 * between.tokens.sum(axis=1) >= np.maximum(others, 1)).any())
+    if not between.blocks:
+        return planned("exchange")
     able = ["ring"] if dense else ["gather", "exchange"]
     if layout.ranks <= heads[0]:
         able.append("ulysses")
-    whole = planned(able[0])
-    return planned(min(able, key=whole.costs.__getitem__))
+    any_of_them = planned(able[0])
+    return planned(min(able, key=any_of_them.busiest))
+
+
+@lru_cache(maxsize=64)
+def _between(pattern: Pattern, layout: Layout, heads: int, size: int) -> Traffic:
+    return traffic(pattern, layout, heads=heads, size=size)

@@ -25,7 +25,7 @@ def reaching(rank: int, others: str, step: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RankError(
             message(
                 f"Rank {rank} waited for {others} in vain.",
@@ -140,29 +140,39 @@ class Link:
     def _exchange(
         self, number: int, leaving: list[tuple[int, Tensor]], coming: list[tuple[int, Tensor]]
     ) -> Callable[[], None]:
-        others = ", ".join(f"rank {rank}" for rank in sorted({rank for rank, _ in leaving + coming}))
-        operations = [
-            dist.P2POp(direction, tensor, group=self.group, group_peer=rank)
-            for direction, tensors in ((dist.isend, leaving), (dist.irecv, coming))
-            for rank, tensor in tensors
-        ]
-        return self._waiting(number, others, lambda: dist.batch_isend_irecv(operations) if operations else [])
+        return exchange(self.group, leaving, coming, self._name(number))
 
     def _broadcast(self, number: int, tensor: Tensor, source: int) -> Callable[[], None]:
-        return self._waiting(
-            number,
-            f"rank {source}" if source != self.rank else "the other ranks",
-            lambda: [dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)],
-        )
+        others = f"rank {source}" if source != self.rank else "the other ranks"
+        with reaching(self.rank, others, self._name(number)):
+            work = dist.broadcast(tensor, group=self.group, group_src=source, async_op=True)
+        return lambda: _wait(self.rank, [(others, work)], self._name(number))
 
-    def _waiting(self, number: int, others: str, start: Callable[[], list[dist.Work]]) -> Callable[[], None]:
-        where = f"{number + 1} of {len(self.steps)}, {self.label}"
-        with reaching(self.rank, others, where):
-            works = start()
+    def _name(self, number: int) -> str:
+        return f"{number + 1} of {len(self.steps)}, {self.label}"
 
-        def wait() -> None:
-            with reaching(self.rank, others, where):
-                for work in works:
-                    work.wait()
 
-        return wait
+def exchange(
+    group: dist.ProcessGroup, leaving: list[tuple[int, Tensor]], coming: list[tuple[int, Tensor]], step: str
+) -> Callable[[], None]:
+    """Start sending and receiving, pairs of a rank and what goes to it or comes from it; return what waits for all."""
+    rank = dist.get_rank(group)
+    operations = [
+        (f"rank {other}", dist.P2POp(direction, tensor, group=group, group_peer=other))
+        for direction, tensors in ((dist.irecv, coming), (dist.isend, leaving))
+        for other, tensor in tensors
+    ]
+    if not operations:
+        return lambda: None
+    others = [name for name, _ in operations]
+    with reaching(rank, ", ".join(sorted(set(others))), step):
+        works = dist.batch_isend_irecv([operation for _, operation in operations])
+    # NCCL gives one handle for all of them.
+    names = others if len(works) == len(others) else [", ".join(sorted(set(others)))] * len(works)
+    return lambda: _wait(rank, list(zip(names, works, strict=True)), step)
+
+
+def _wait(rank: int, works: list[tuple[str, dist.Work]], step: str) -> None:
+    for others, work in works:
+        with reaching(rank, others, step):
+            work.wait()

@@ -13,7 +13,7 @@ from longspan.attend import attend as attend_alone
 from longspan.layout import Layout
 from longspan.pattern import PerHead
 from longspan.ring.plan import Plan
-from longspan.ring.transport import reaching
+from longspan.ring.transport import exchange
 
 # For each rank the heads that it works on, for each of the tensors that are swapped together.
 Shares = list[tuple[range, ...]]
@@ -122,15 +122,18 @@ def _all_to_all(
     leaving: Any, shapes: list[list[tuple[int, ...]]], group: dist.ProcessGroup, label: str
 ) -> list[list[Tensor]]:
     """Send each rank its tensors, and return those that each rank sent, of the shapes known beforehand."""
+    rank = dist.get_rank(group)
     rows = [torch.cat([side.reshape(-1) for side in sides]) for sides in leaving]
     sizes = [[int(np.prod(shape)) for shape in given] for given in shapes]
-    buffer = rows[0].new_empty(sum(map(sum, sizes)))
-    rank = dist.get_rank(group)
-    with reaching(rank, "the other ranks", f"swapping tokens for heads, {label}"):
-        dist.all_to_all_single(
-            buffer, torch.cat(rows), list(map(sum, sizes)), [len(row) for row in rows], group=group
-        )
-    came = buffer.split(list(map(sum, sizes)))
+    came = [
+        rows[rank].new_empty(sum(size)) if other != rank else rows[rank] for other, size in enumerate(sizes)
+    ]
+    exchange(
+        group,
+        [(other, row) for other, row in enumerate(rows) if other != rank and len(row)],
+        [(other, row) for other, row in enumerate(came) if other != rank and len(row)],
+        f"swapping tokens for heads, {label}",
+    )()
     return [
         [flat.view(shape) for flat, shape in zip(row.split(size), given, strict=True)]
         for row, size, given in zip(came, sizes, shapes, strict=True)

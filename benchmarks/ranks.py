@@ -1,0 +1,156 @@
+"""Count what ranks must send one another, and how evenly they work, for patterns, lengths and numbers of ranks.
+
+Nothing runs: everything is counted from the plan, so a million tokens on a thousand ranks need no cluster. For each
+pattern, the key blocks that it needs are set against those that move without it: a causal ring (contiguous shards,
+each passed on to the ranks after it), zigzag, and Ulysses, which swaps tokens for heads. Balance is the work of the
+slowest rank over the mean, in pairs.
+
+    python benchmarks/ranks.py --json out/ranks.json
+    python benchmarks/ranks.py --lengths 32768 --ranks 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longspan import Causal, Chunk, Dilated, LongNet, SlidingWindow, Streaming
+from longspan.layout import contiguous, striped, zigzag
+from longspan.pattern import Pattern
+from longspan.ring import Plan, plan
+
+PATTERNS: list[Pattern] = [
+    Causal(),
+    SlidingWindow(4_096),
+    Streaming(4_096, sinks=4),
+    Causal() & Chunk(8_192),
+    Causal() & Dilated(64),
+    LongNet((2_048, 8_192, 32_768), (1, 4, 16)),
+]
+LAYOUTS = {"contiguous": contiguous, "zigzag": zigzag, "striped": striped}
+# What a pattern is set against: all keys before the query, in the layouts that are in use for them.
+DENSE = [("causal ring", contiguous, "ring"), ("zigzag", zigzag, "ring"), ("ulysses", contiguous, "ulysses")]
+BLOCK = 128
+# Where every block is partly read, each is looked into: stripes and residues are counted up to so many ranks.
+MOST_RESIDUES = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    rows = []
+    for length in options.lengths:
+        for ranks in options.ranks:
+            if ranks > length:
+                continue
+            shape = {"heads": options.heads, "key_heads": options.key_heads, "width": options.width}
+            for name, layout, strategy in DENSE:
+                made = plan(Causal(), layout(length, ranks), dtype=options.dtype, strategy=strategy, **shape)
+                rows.append(_row(name, made))
+            for pattern in PATTERNS:
+                for name, layout in LAYOUTS.items():
+                    residues = name == "striped" or pattern.at_head(0, options.heads).steps != (1, 1)
+                    if not residues or ranks <= MOST_RESIDUES:
+                        begin = time.perf_counter()
+                        made = plan(pattern, layout(length, ranks), dtype=options.dtype, **shape)
+                        rows.append(_row(str(pattern), made))
+                        rows[-1]["seconds"] = time.perf_counter() - begin
+            print(f"{length:,} tokens on {ranks:,} ranks", file=sys.stderr)
+    report = {
+        "heads": options.heads,
+        "key_heads": options.key_heads,
+        "width": options.width,
+        "dtype": options.dtype,
+        "block": BLOCK,
+        "rows": rows,
+    }
+    print(_table(report))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--lengths", type=_numbers, default=[32_768, 131_072, 1_048_576], metavar="N,N")
+    parser.add_argument("--ranks", type=_numbers, default=[8, 64, 1_024], metavar="N,N")
+    parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
+    parser.add_argument("--key-heads", type=int, default=8, metavar="N", help="key heads (default: 8)")
+    parser.add_argument(
+        "--width", type=int, default=128, metavar="N", help="numbers in a head (default: 128)"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=("float64", "float32", "bfloat16", "float16"))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
+    return parser.parse_args(arguments)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _row(name: str, made: Plan) -> dict[str, Any]:
+    """Return the figures of one plan; bytes are those of a forward pass, of one row of the batch."""
+    return {
+        "name": name,
+        "length": made.layout.length,
+        "ranks": made.layout.ranks,
+        "layout": made.layout.name,
+        "strategy": made.strategy,
+        "blocks": made.traffic.blocks,
+        "bytes": int(made.moved.sum()),
+        "busiest_bytes": int(made.received.max()),
+        "balance": made.balance,
+    }
+
+
+def _table(report: dict[str, Any]) -> str:
+    header = (
+        "",
+        "layout",
+        "strategy",
+        "blocks needed",
+        "GB moved",
+        "GB to busiest",
+        "of causal ring",
+        "balance",
+    )
+    lines, titles = [header], {}
+    ring: dict[tuple[int, int], int] = {}
+    for row in report["rows"]:
+        setting = row["length"], row["ranks"]
+        if setting not in ring:
+            ring[setting] = row["bytes"]
+            titles[len(lines)] = f"{row['length']:,} tokens on {row['ranks']:,} ranks"
+        lines.append(
+            (
+                row["name"],
+                row["layout"],
+                row["strategy"],
+                f"{row['blocks']:,}",
+                f"{row['bytes'] / 1e9:,.3f}",
+                f"{row['busiest_bytes'] / 1e9:,.3f}",
+                f"{row['bytes'] / max(1, ring[setting]):.1%}",
+                f"{row['balance']:.2f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = []
+    for number, line in enumerate(lines):
+        table += ["", titles[number]] if number in titles else []
+        cells = [*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])]
+        table.append("  ".join(cells).rstrip())
+    described = (
+        f"{report['heads']} heads on {report['key_heads']} key heads of width {report['width']}, {report['dtype']}, "
+        f"blocks of {report['block']}, one forward pass of one layer"
+    )
+    return "\n".join([described, "", *table])
+
+
+if __name__ == "__main__":
+    main()
