@@ -115,8 +115,8 @@ def reach(
               32      131,041  12.50%        131,040
           the first token is seen after 257 layers
     """
-    stack = (
-        list(pattern) if isinstance(pattern, (list, tuple)) else [pattern] * (1 if layers is None else layers)
+    stack: list[Pattern] = (
+        [pattern] * (1 if layers is None else layers) if isinstance(pattern, Pattern) else list(pattern)
     )
     query = length - 1 if query is None else query
     if not stack or len(stack) != (layers or len(stack)) or length < 1 or not 0 <= query < length:
@@ -145,7 +145,8 @@ class _Look:
     def through(self, pattern: Pattern, layers: int, query: int) -> Reach:
         """Return the reach where all layers read alike: only tokens that are new have anything new to show."""
         view, fresh = self._itself(query), self._itself(query)
-        seen, farthest = [], []
+        seen: list[int] = []
+        farthest: list[int] = []
         while len(seen) < layers and fresh.any() and not view.all():
             fresh = self._read_by(pattern, fresh) & ~view
             view |= fresh
