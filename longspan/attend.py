@@ -31,9 +31,11 @@ def attend(
     exp(s_ij)`, and `s_ij = scale q_i.k_j` where `scores` says nothing else. A query that reads nothing gives 0. All
     kernels give the same numbers, forward and backward.
 
-    What a query does not read cannot reach it, NaN and infinity included: a row of query, key or value that is
-    not finite makes NaN of the outputs of the queries that read it (or are it) and of no others, and of the
-    gradients of what those queries read and of no others.
+    What a query does not read cannot reach it, NaN and infinity included. A row of query, key or value with NaN,
+    or of value with infinity, makes NaN of the outputs of the queries that read it (or are it) and of no others,
+    and of the gradients of what those queries read and of no others. An infinity in a query or key that is read
+    does the same, except where all that comes of it are scores of minus infinity: there "sdpa" may take it for a
+    weight of 0 where "reference" says NaN.
 
     Args:
         query: `[batch, heads, queries, width]`, float.
