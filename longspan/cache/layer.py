@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.cache.form import Form, check
 from longspan.cache.pages import Pages, Pool
-from longspan.cache.reading import counts_at, read_masked, read_runs, read_slabs
+from longspan.cache.reading import Reading, Rotate
 from longspan.cache.shelf import Shelf
 from longspan.cache.storage import Plain, Rounded, Storage
 from longspan.errors import PatternError, ShapeError, message
 from longspan.pattern import Causal, Pattern
-
-Rotate = Callable[[Tensor, Tensor, int], Tensor]
+from longspan.score import Score, collect
 
 
 class Cache:
@@ -78,6 +79,8 @@ class Cache:
             raise _refuse(f"There is no storage {storage!r}.", fix='None, "int8" or a Pool')
         if places not in ("text", "cache"):
             raise _refuse(f"Places are counted in the text or in the cache, got {places!r}.", fix='"text"')
+        if places == "cache" and rotate is None:
+            raise _refuse("Places in the cache are told to `rotate`, and there is none.", fix="rotate=...")
         if block < 1 or undo < 0:
             raise _refuse(
                 f"A block holds a token or more, and nothing less than 0 is undone, got {block=}, {undo=}.",
@@ -96,7 +99,7 @@ class Cache:
         self._lengths: Tensor | None = None
         # No row can be cropped to below this length: some keys that it would read are gone.
         self._floor = torch.zeros(0, dtype=torch.int64)
-        self._form: tuple = ()
+        self._form: Form | None = None
         # Whether all rows lie alike, so that one row of positions tells of all.
         self._alike = True
 
@@ -135,6 +138,7 @@ class Cache:
         real: Tensor | None = None,
         start: int | Sequence[int] | None = None,
         scale: float | None = None,
+        scores: Score | Sequence[Score] = (),
     ) -> Tensor:
         """Read the next tokens: their queries attend to what is held and to one another, and their keys are taken in.
 
@@ -147,6 +151,7 @@ class Cache:
             real: bool `[batch, tokens]`, false on padding, which is passed over and gives 0; None for no padding.
             start: where the caller takes the tokens to begin, one number or one for each row; checked if given.
             scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+            scores: what else changes them, as in `longspan.attend`.
 
         Returns:
             `[batch, heads, tokens, value width]` in the dtype of `query`.
@@ -155,24 +160,34 @@ class Cache:
             ShapeError: tensors that do not fit together or not what was read before, keys that want a gradient, a
                 start that is not where the text ends, more tokens than a pool has pages for.
         """
-        self._check(query, key, value, real, start)
+        check(
+            {"query": query, "key": key, "value": value},
+            real,
+            start,
+            heads=(self.heads, self.key_heads),
+            form=self._form,
+            lengths=self.lengths,
+        )
+        changes = collect(scores, self.heads)
+        if not query.shape[2]:
+            return query.new_zeros((*query.shape[:3], value.shape[3]))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        if real is not None and bool(real.all()):
-            real = None
+        real = None if real is None or bool(real.all()) else real.to(query.device)
         if real is not None and len(real) == 1:
             # Of a single row, padding is simply left out.
             output = query.new_zeros((*query.shape[:3], value.shape[3]))
             output[:, :, real[0]] = self.attend(
-                *(side[:, :, real[0]] for side in (query, key, value)), scale=scale
+                *(side[:, :, real[0]] for side in (query, key, value)), scale=scale, scores=scores
             )
             return output
         if self.places == "cache" and query.shape[2] > 1:
-            return self._one_by_one(query, key, value, real, scale)
+            return self._one_by_one(query, key, value, real, scale, scores)
         fresh = self._lengths is None
         if fresh:
             self._begin(key, value)
         try:
-            return self._attend(query, key, value, real, scale)
+            reading = Reading(scale, changes, self.rotate, self.places)
+            return self._attend(query, key, value, real, reading)
         except BaseException:
             if fresh:
                 self.reset()
@@ -222,7 +237,7 @@ class Cache:
         for shelf in old:
             shelf.storage.release()
         self._lengths, self._floor = self._lengths[rows.cpu()], self._floor[rows.cpu()]
-        self._form = (len(rows), *self._form[1:])
+        self._form = replace(self._form, batch=len(rows))
 
     def fork(self) -> Cache:
         """Return a cache that has read the same text and goes its own way; pages are shared until they differ."""
@@ -249,9 +264,11 @@ class Cache:
             if shelf.storage is not None:
                 shelf.storage.release()
         self._shelves = self._sorted_heads()
-        self._lengths, self._floor, self._form, self._alike = None, self._floor[:0], (), True
+        self._lengths, self._floor, self._form, self._alike = None, self._floor[:0], None, True
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, reading: Reading
+    ) -> Tensor:
         tokens = query.shape[2]
         if real is not None:
             self._set_apart()
@@ -266,7 +283,9 @@ class Cache:
                     self._floor = torch.maximum(self._floor, held_from)
                 marks.append((shelf, shelf.storage.used, shelf.positions))
                 shelf.append(_heads(key, shelf.key_heads), _heads(value, shelf.key_heads), positions)
-            output = self._read(query, positions, ends, scale)
+            outputs = [
+                reading.read(shelf, _heads(query, shelf.heads), positions, ends) for shelf in self._shelves
+            ]
         except BaseException:
             for shelf, used, before in marks:
                 shelf.storage.truncate(used)
@@ -277,86 +296,19 @@ class Cache:
             self._floor = (ends - self.undo).clamp(min=0)
             for shelf in self._shelves:
                 shelf.tidy(self._floor.numpy(), self.block)
-        return output
-
-    def _read(self, query: Tensor, positions: Tensor, ends: Tensor, scale: float) -> Tensor:
-        outputs = []
-        for shelf in self._shelves:
-            asked = _heads(query, shelf.heads)
-            key, value = shelf.storage.read()
-            turns = self.rotate is not None
-            if len(positions) == 1 and (turns or query.shape[2] > self.block):
-                outputs.append(
-                    self._read_alike(
-                        shelf, asked, key, value, positions, shelf.positions, int(ends[0]), scale
-                    )
-                )
-            elif turns or query.shape[2] > self.block:
-                outputs.append(self._read_by_row(shelf, asked, key, value, positions, ends, scale))
-            else:
-                often = counts_at(_distinct(shelf.readers), positions, shelf.positions)
-                outputs.append(read_masked(asked, key, value, often, scale))
         if len(outputs) == 1:
             return outputs[0]
         order = [head for shelf in self._shelves for head in shelf.heads]
         return torch.cat(outputs, dim=1)[:, np.argsort(order).tolist()]
 
-    def _read_by_row(
-        self,
-        shelf: Shelf,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        ends: Tensor,
-        scale: float,
-    ) -> Tensor:
-        output = query.new_zeros((*query.shape[:3], value.shape[3]))
-        for row in range(len(query)):
-            asked, held = positions[row] >= 0, shelf.positions[row] >= 0
-            if asked.any():
-                output[row : row + 1, :, asked] = self._read_alike(
-                    shelf,
-                    query[row : row + 1, :, asked],
-                    key[row : row + 1, :, held],
-                    value[row : row + 1, :, held],
-                    positions[row : row + 1, asked],
-                    shelf.positions[row : row + 1, held],
-                    int(ends[row]),
-                    scale,
-                )
-        return output
-
-    def _read_alike(
-        self,
-        shelf: Shelf,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        positions: Tensor,
-        held: Tensor,
-        length: int,
-        scale: float,
-    ) -> Tensor:
-        """Read rows that lie alike: one row of positions, nobody's slots left out."""
-        readers = _distinct(shelf.readers)
-        if self.rotate is not None:
-            places, keys = positions[0], held[0]
-            if self.places == "cache":
-                read = counts_at(readers, positions, held)[0, 0, 0] > 0
-                keys, length = (read.cumsum(0) - 1).clamp(min=0), int(read.sum())
-                places = torch.full_like(places, length - 1)
-            query, key = self.rotate(query, places, length), self.rotate(key, keys, length)
-        if query.shape[2] > self.block:
-            found = read_runs(
-                query, key, value, shelf.readers, int(positions[0, 0]), held[0].cpu().numpy(), scale
-            )
-            if found is not None:
-                return found
-        return read_slabs(query, key, value, readers, positions, held, scale)
-
     def _one_by_one(
-        self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, scale: float
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        real: Tensor | None,
+        scale: float,
+        scores: Score | Sequence[Score],
     ) -> Tensor:
         """Read token by token: each turns the keys that it reads to places of their own."""
         before = self.fork()
@@ -365,7 +317,8 @@ class Cache:
             for token in range(query.shape[2]):
                 now = slice(token, token + 1)
                 sides = (side[:, :, now] for side in (query, key, value))
-                outputs.append(self.attend(*sides, real=None if real is None else real[:, now], scale=scale))
+                here = None if real is None else real[:, now]
+                outputs.append(self.attend(*sides, real=here, scale=scale, scores=scores))
         except BaseException:
             self.reset()
             self.__dict__.update(before.__dict__)
@@ -386,7 +339,7 @@ class Cache:
                 shelf.positions = shelf.positions.repeat(len(self._lengths), 1)
 
     def _begin(self, key: Tensor, value: Tensor) -> None:
-        self._form = _form(key, value)
+        self._form = Form.of(key, value)
         self._lengths = torch.zeros(len(key), dtype=torch.int64)
         self._floor = self._lengths
         for shelf in self._shelves:
@@ -420,63 +373,6 @@ class Cache:
             shelves.append(Shelf(key_heads, heads, tuple(self._readers[head] for head in heads)))
         return shelves
 
-    def _check(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        real: Tensor | None,
-        start: int | Sequence[int] | None,
-    ) -> None:
-        """Raise ShapeError where tensors do not fit together, or not what was read before."""
-
-        def refuse(problem: str, fix: str) -> ShapeError:
-            sides = {"query": query, "key": key, "value": value}
-            facts = {
-                name: f"{list(side.shape)} {str(side.dtype).removeprefix('torch.')}"
-                for name, side in sides.items()
-            }
-            return ShapeError(message(problem, {"cache": str(self), **facts}, fix=fix))
-
-        if any(side.dim() != 4 for side in (query, key, value)):
-            raise refuse(
-                "Query, key and value have four dimensions: batch, heads, length and width.",
-                "tensor.unsqueeze(0) for a batch of one",
-            )
-        if not query.is_floating_point() or not query.dtype == key.dtype == value.dtype:
-            raise refuse("Query, key and value share one floating-point dtype.", "tensor.to(query.dtype)")
-        if (query.shape[1], key.shape[1]) != (self.heads, self.key_heads):
-            raise refuse(
-                f"The cache was made for {self.heads} query heads and {self.key_heads} key heads.",
-                "the layer that it was made for",
-            )
-        if (
-            key.shape[:3] != value.shape[:3]
-            or query.shape[::2] != key.shape[::2]
-            or query.shape[3] != key.shape[3]
-        ):
-            raise refuse(
-                "Query, key and value have one batch and one length, query and key one width.",
-                "a key and a value for every query",
-            )
-        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-            raise refuse("A cache carries no gradient.", "with torch.no_grad(), or attention without a cache")
-        if self._lengths is not None and _form(key, value) != self._form:
-            raise refuse(
-                "These tensors do not continue what the cache holds: batch, widths, dtype or device changed.",
-                "cache.reset() for another text, cache.select(rows) for other rows",
-            )
-        if real is not None and (real.dtype != torch.bool or real.shape != (query.shape[0], query.shape[2])):
-            raise refuse(
-                "`real` says for every token of the batch whether it is one.", "bool [batch, tokens]"
-            )
-        lengths = self._lengths if self._lengths is not None else torch.zeros(len(query), dtype=torch.int64)
-        if start is not None and bool((torch.as_tensor(start) != lengths).any()):
-            raise refuse(
-                f"Tokens that begin at {start} do not continue a text of {lengths.tolist()} tokens.",
-                "the tokens after those, or cache.crop(length) first",
-            )
-
     def _as_rows(self, lengths: int | Sequence[int]) -> Tensor:
         return torch.as_tensor(lengths, dtype=torch.int64).expand(len(self._lengths)).clone()
 
@@ -484,17 +380,8 @@ class Cache:
         return ShapeError(message(problem, {"cache": str(self)}, fix=fix))
 
 
-def _form(key: Tensor, value: Tensor) -> tuple:
-    return (len(key), key.shape[3], value.shape[3], key.dtype, key.device)
-
-
 def _heads(tensor: Tensor, heads: list[int]) -> Tensor:
     return tensor if len(heads) == tensor.shape[1] else tensor[:, heads]
-
-
-def _distinct(readers: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
-    """Return one pattern where all heads read alike."""
-    return readers[:1] if len(set(readers)) == 1 else readers
 
 
 def _refuse(problem: str, *, fix: str) -> ShapeError:

@@ -1,8 +1,9 @@
-"""Reading: attention of new queries over keys that lie at any positions."""
+"""Reading: attention of new queries over the keys that a shelf holds, at whatever positions they lie."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -10,149 +11,204 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.attend import attend_with_lse
+from longspan.cache.origin import moved
+from longspan.cache.shelf import Shelf
 from longspan.kernel.merge import merge
 from longspan.pattern import Pattern, PerHead
-from longspan.pattern.base import Counts, Positions, Verdict
+from longspan.score import ALiBi, Score, Scores, Sinks, SoftCap
+
+Rotate = Callable[[Tensor, Tensor, int], Tensor]
 
 # Runs of neighbouring keys that are worth a call of their own each.
 _RUNS = 4
-# Pairs of one head group that are computed at a time where there is no plan.
+# Pairs of a head up to which computing all of them costs less than a plan of those that are read.
+_UNPLANNED = 1 << 18
+# Pairs of all heads that are computed at a time where there is no plan.
 _PAIRS = 1 << 22
 
 
-@dataclass(frozen=True, repr=False)
-class _Moved(Pattern):
-    """An atom read from another origin: position 0 is `distance` there."""
+@dataclass(frozen=True)
+class Reading:
+    """How scores are made, the same for all shelves of a layer.
 
-    part: Pattern
-    distance: int
-
-    def contains(self, q: Positions, k: Positions) -> Verdict:
-        return self.part.contains(q + self.distance, k + self.distance)
-
-    def count(self, q: Positions, k: Positions) -> Counts:
-        return self.part.count(q + self.distance, k + self.distance)
-
-    def facts(self, q: Positions, k: Positions) -> tuple[np.ndarray, ...]:
-        return self.part.signature(q + self.distance, k + self.distance)
-
-    @property
-    def period(self) -> int | None:
-        return self.part.period
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        return self.part.steps
-
-    @property
-    def lead(self) -> int:
-        return self.part.lead
-
-    def __str__(self) -> str:
-        return f"{self.part} from {self.distance} on"
-
-
-def moved(pattern: Pattern, distance: int) -> Pattern:
-    """Return the pattern of one head as it is seen from position `distance`, which becomes 0."""
-    if pattern.operands:
-        return pattern.rebuilt(tuple(moved(part, distance) for part in pattern.operands))
-    # Whole periods change nothing, and an unmoved atom is planned once wherever it is read.
-    rest = distance % pattern.period if pattern.period else distance
-    return _Moved(pattern, rest) if rest else pattern
-
-
-def counts_at(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor) -> Tensor:
-    """Return how often queries read keys: the formula, on positions instead of ranges.
-
-    Args:
-        readers: the pattern of each head, or a single one for all heads.
-        queries: `[rows, queries]`, -1 where there is none.
-        keys: `[rows, keys]`, -1 where there is none.
-
-    Returns:
-        int64 `[rows, len(readers), queries, keys]`.
+    Attributes:
+        scale: what they are multiplied by.
+        changes: what changes them beside the pattern, for all query heads.
+        rotate, places: how keys and queries are turned, see `Cache`.
     """
+
+    scale: float
+    changes: Scores
+    rotate: Rotate | None
+    places: str
+
+    def read(self, shelf: Shelf, query: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+        """Return what queries read on one shelf, zero for those that are padding.
+
+        Args:
+            query: `[batch, heads of the shelf, queries, width]`.
+            positions: of the queries, `[batch or 1, queries]`, -1 for padding.
+            ends: length of the text in each row, these queries included.
+        """
+        here = replace(self, changes=_of_heads(self.changes, shelf.heads))
+        key, value = shelf.storage.read()
+        if self.rotate is None and query.shape[2] * key.shape[2] <= _UNPLANNED:
+            return here._masked(query, key, value, shelf.readers, positions, shelf.positions)
+        if len(positions) == 1:
+            return here._alike(query, key, value, shelf.readers, positions, shelf.positions, int(ends[0]))
+        output = query.new_zeros((*query.shape[:3], value.shape[3]))
+        for number, row_positions in enumerate(positions):
+            row = slice(number, number + 1)
+            asked, held = row_positions >= 0, shelf.positions[number] >= 0
+            if asked.any():
+                output[row, :, asked] = here._alike(
+                    query[row, :, asked],
+                    key[row, :, held],
+                    value[row, :, held],
+                    shelf.readers,
+                    positions[row, asked],
+                    shelf.positions[row, held],
+                    int(ends[number]),
+                )
+        return output
+
+    def _alike(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        readers: tuple[Pattern, ...],
+        positions: Tensor,
+        held: Tensor,
+        length: int,
+    ) -> Tensor:
+        """Read rows that lie alike: one row of positions on each side, without padding."""
+        if self.rotate is not None:
+            places, keys = positions[0], held[0]
+            if self.places == "cache":
+                read = _counts(readers[:1], positions, held)[0, 0, 0] > 0
+                length = int(read.sum())
+                places, keys = torch.full_like(places, length - 1), (read.cumsum(0) - 1).clamp(min=0)
+            query, key = self.rotate(query, places, length), self.rotate(key, keys, length)
+        if query.shape[2] * held.shape[1] > _UNPLANNED:
+            first, where = int(positions[0, 0]), held[0].cpu().numpy()
+            begins = np.flatnonzero(np.diff(where, prepend=-2) != 1)
+            if len(begins) <= _RUNS:
+                return self._runs(query, key, value, readers, first, where, begins)
+        at_once = max(1, _PAIRS // (query.shape[1] * held.shape[1]))
+        pieces = [slice(begin, begin + at_once) for begin in range(0, query.shape[2], at_once)]
+        outputs = [
+            self._masked(query[:, :, piece], key, value, readers, positions[:, piece], held)
+            for piece in pieces
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+    def _runs(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        readers: tuple[Pattern, ...],
+        start: int,
+        held: np.ndarray,
+        begins: np.ndarray,
+    ) -> Tensor:
+        """Read every run of neighbouring keys by a plan of its own, and merge."""
+        alike = _distinct(readers)
+        changes = self.changes
+        parts = []
+        for begin, end in zip(begins, [*begins[1:], len(held)], strict=True):
+            first = int(held[begin])
+            seen = tuple(moved(reader, first) for reader in alike)
+            parts.append(
+                attend_with_lse(
+                    query,
+                    key[:, :, begin:end],
+                    value[:, :, begin:end],
+                    seen[0] if len(seen) == 1 else PerHead(seen),
+                    queries=range(start - first, start - first + query.shape[2]),
+                    scale=self.scale,
+                    scores=_listed(changes),
+                )
+            )
+            # A learned sink is in the softmax once.
+            changes = replace(changes, sinks=None)
+        return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+
+    def _masked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        readers: tuple[Pattern, ...],
+        positions: Tensor,
+        held: Tensor,
+    ) -> Tensor:
+        """Read by computing all pairs; positions are `[batch or 1, tokens]`, -1 where there is no token."""
+        batch, heads, rows, width = query.shape
+        key_heads = key.shape[1]
+        # The query heads of one key head become rows of one block, so that keys are read once.
+        folded = query.reshape(batch, key_heads, -1, width)
+        exact = torch.promote_types(query.dtype, torch.float32)
+        bias = _counts(_distinct(readers), positions, held).to(exact).log()
+        silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
+        if self.changes.slopes is not None:
+            slopes = torch.tensor(self.changes.slopes, dtype=exact, device=query.device)
+            distance = (positions[:, None, :, None] - held[:, None, None, :]).abs()
+            bias = bias - slopes[:, None, None] * distance
+        if bias.shape[1] == 1:
+            bias = bias.repeat(1, 1, heads // key_heads, 1)
+        else:
+            bias = bias.reshape(len(bias), key_heads, folded.shape[2], -1)
+        if self.changes.limit is None and self.changes.sinks is None:
+            output = F.scaled_dot_product_attention(
+                folded, key, value, attn_mask=bias.to(query.dtype), scale=self.scale
+            )
+        else:
+            output = self._changed(folded, key, value, bias)
+        return output.reshape(batch, heads, rows, -1).masked_fill(silent, 0.0)
+
+    def _changed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Attend with capped scores and learned sinks, which PyTorch's attention does not know."""
+        scores = (query.to(bias.dtype) @ key.to(bias.dtype).mT) * self.scale
+        if self.changes.limit is not None:
+            scores = self.changes.limit * torch.tanh(scores / self.changes.limit)
+        scores = scores + bias
+        if self.changes.sinks is not None:
+            sinks = self.changes.sinks.to(scores).reshape(key.shape[1], -1, 1)
+            sinks = sinks.expand(-1, -1, query.shape[2] // sinks.shape[1]).reshape(key.shape[1], -1, 1)
+            scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
+        return (weights @ value.to(bias.dtype)).to(query.dtype)
+
+
+def _counts(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor) -> Tensor:
+    """Return how often queries read keys, `[rows, len(readers), queries, keys]`: the formula on positions."""
     q, k = queries[:, :, None], keys[:, None, :]
     real = (q >= 0) & (k >= 0)
     counted = {reader: reader.count(q, k) * real for reader in set(readers)}
     return torch.stack([counted[reader] for reader in readers], dim=1)
 
 
-def read_masked(query: Tensor, key: Tensor, value: Tensor, often: Tensor, scale: float) -> Tensor:
-    """Return attention over keys as often as `counts_at` says, all pairs being computed.
-
-    Args:
-        query: `[batch, heads, queries, width]`.
-        key, value: `[batch, key heads, keys, width]`.
-        often: `[batch or 1, heads or 1, queries, keys]`.
-        scale: of the scores.
-    """
-    batch, heads, rows, width = query.shape
-    shared = heads // key.shape[1]
-    # The query heads of one key head become rows of one block, so that keys are read once.
-    folded = query.reshape(batch, key.shape[1], shared * rows, width)
-    exact = torch.promote_types(query.dtype, torch.float32)
-    bias = often.to(exact).log().to(query.dtype)
-    if bias.shape[1] == 1:
-        bias = bias.repeat(1, 1, shared, 1)
-    else:
-        bias = bias.reshape(len(bias), key.shape[1], shared * rows, -1)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, scale=scale)
-    silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
-    return output.masked_fill(silent, 0.0).reshape(batch, heads, rows, -1)
+def _distinct(readers: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    """Return one pattern where all heads read alike."""
+    return readers[:1] if len(set(readers)) == 1 else readers
 
 
-def read_slabs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    readers: tuple[Pattern, ...],
-    positions: Tensor,
-    held: Tensor,
-    scale: float,
-) -> Tensor:
-    """Return attention over keys at positions `held`, so many queries at a time that memory stays bounded."""
-    at_once = max(1, _PAIRS // (query.shape[1] * max(1, held.shape[1])))
-    outputs = []
-    for begin in range(0, query.shape[2], at_once):
-        some = slice(begin, begin + at_once)
-        often = counts_at(readers, positions[:, some], held)
-        outputs.append(read_masked(query[:, :, some], key, value, often, scale))
-    return torch.cat(outputs, dim=2)
+def _of_heads(changes: Scores, heads: list[int]) -> Scores:
+    """Return the changes of some heads."""
+    slopes = changes.slopes and tuple(changes.slopes[head] for head in heads)
+    sinks = None if changes.sinks is None else changes.sinks[heads]
+    return Scores(changes.limit, slopes, sinks)
 
 
-def read_runs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    readers: tuple[Pattern, ...],
-    start: int,
-    positions: np.ndarray,
-    scale: float,
-) -> Tensor | None:
-    """Return attention by a plan for every run of neighbouring keys, merged; None where there are many runs.
-
-    Args:
-        query: at the positions from `start` on.
-        key, value: at ascending `positions`.
-        readers: the pattern of each head.
-    """
-    begins = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
-    if len(begins) > _RUNS:
-        return None
-    parts = []
-    for begin, end in zip(begins, [*begins[1:], len(positions)], strict=True):
-        first = int(positions[begin])
-        alike = readers[:1] if len(set(readers)) == 1 else readers
-        seen = tuple(moved(reader, first) for reader in alike)
-        parts.append(
-            attend_with_lse(
-                query,
-                key[:, :, begin:end],
-                value[:, :, begin:end],
-                seen[0] if len(seen) == 1 else PerHead(seen),
-                queries=range(start - first, start - first + query.shape[2]),
-                scale=scale,
-            )
-        )
-    return parts[0][0] if len(parts) == 1 else merge(parts)[0]
+def _listed(changes: Scores) -> list[Score]:
+    """Return changes as `attend` takes them."""
+    listed: list[Score] = []
+    if changes.limit is not None:
+        listed.append(SoftCap(changes.limit))
+    if changes.slopes is not None:
+        listed.append(ALiBi(changes.slopes))
+    if changes.sinks is not None:
+        listed.append(Sinks(changes.sinks))
+    return listed

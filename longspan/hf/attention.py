@@ -113,10 +113,12 @@ def _attention(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend by the module's pattern; called by transformers with query [batch, heads, length, width]."""
-    pattern = _check_setting(module).pattern
-    _check_options(module, dropout, options)
     # The mark of a PatternCache, whose keys come without those that it holds.
     cached = getattr(key, NAME, None)
+    if cached is not None:
+        cached.found = True
+    pattern = _check_setting(module).pattern
+    _check_options(module, dropout, options)
     batch = _check_batch(module, key, attention_mask, options.get("position_ids"), cached)
     for window in {batch.window, options.get("sliding_window")} - {None}:
         pattern = pattern & Window(window)

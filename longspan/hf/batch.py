@@ -40,9 +40,9 @@ class Batch:
             return None
         real = torch.zeros(self.shape, dtype=torch.bool)
         for segment in self.segments:
-            real[segment.rows] |= torch.zeros(self.shape[1], dtype=torch.bool).index_fill(
-                0, torch.arange(self.shape[1])[segment.queries], True
-            )
+            columns = torch.zeros(self.shape[1], dtype=torch.bool)
+            columns[_on_cpu(segment.queries)] = True
+            real[_on_cpu(segment.rows)] |= columns
         return real
 
     @cached_property
@@ -50,7 +50,7 @@ class Batch:
         """How many tokens each row had before these; None where a row has none here, so that nobody knows."""
         starts = torch.full((self.shape[0],), -1)
         for segment in self.segments:
-            starts[segment.rows] = segment.before(self.shape[1], self.keys)
+            starts[_on_cpu(segment.rows)] = segment.before(self.shape[1], self.keys)
         return None if (starts < 0).any() else starts.tolist()
 
 
@@ -132,6 +132,10 @@ def refusal(config: PretrainedConfig, reason: str, *, fix: str) -> ShapeError:
             "This batch cannot be read by a pattern.", {"model": config.model_type, "why": reason}, fix=fix
         )
     )
+
+
+def _on_cpu(part: slice | Tensor) -> slice | Tensor:
+    return part.cpu() if isinstance(part, Tensor) else part
 
 
 def _check_gaps(config: PretrainedConfig, real: Tensor, dropped: int) -> None:

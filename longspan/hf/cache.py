@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from longspan.errors import PatternError, PlanError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules
 from longspan.hf.batch import Batch
 from longspan.pattern import Pattern
+from longspan.score import Score
 
 
 class PatternCache(Cache):
@@ -110,6 +111,7 @@ class PatternLayer(CacheLayerMixin):
     Attributes:
         kept: the keys and values, None before the first token.
         columns: tokens read, padding included.
+        found: whether the attention function has found the last mark.
     """
 
     is_sliding = False
@@ -128,6 +130,12 @@ class PatternLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
+        if not self.found:
+            raise self._refuse(
+                "the attention of an earlier forward did not look for what is held: it was not that of a pattern",
+                "the model that the cache was made for, with its patterns set; cache.reset() for another text",
+            )
+        self.found = False
         key_states = key_states.view_as(key_states)
         key_states.longspan = self
         return key_states, value_states
@@ -150,13 +158,16 @@ class PatternLayer(CacheLayerMixin):
         pattern: Pattern,
         batch: Batch,
         scale: float | None,
+        scores: Sequence[Score],
     ) -> Tensor:
         """Return attention `[batch, length, heads, width]` of the new tokens, and take them in."""
         self._check(module, pattern, batch, key.shape[2])
         kept = self.kept
         if kept is None:
             kept = held.Cache(pattern, heads=query.shape[1], key_heads=key.shape[1], **self.options)
-        output = kept.attend(query, key, value, real=batch.real, start=batch.starts, scale=scale)
+        output = kept.attend(
+            query, key, value, real=batch.real, start=batch.starts, scale=scale, scores=scores
+        )
         self.kept, self.pattern = kept, pattern
         self.columns += key.shape[2]
         if batch.real is None:
@@ -171,6 +182,7 @@ class PatternLayer(CacheLayerMixin):
         self.kept: held.Cache | None = None
         self.pattern: Pattern | None = None
         self.columns, self._full = 0, 0
+        self.found = True
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -217,7 +229,7 @@ class PatternLayer(CacheLayerMixin):
             raise self._refuse("it was made for another model", "PatternCache(model) for this one")
         if self is self.family[0]:
             for layer in self.family:
-                if getattr(layer.module(), NAME, None) is not layer.setting:
+                if getattr(layer.module(), NAME, None) != layer.setting:
                     raise self._refuse(
                         "the model's patterns were set anew after it was made",
                         "PatternCache(model) after set_pattern",
