@@ -56,6 +56,37 @@ class Traffic:
         low, high = np.searchsorted(self._pair, self._number(destination, source) + np.array([0, 1]))
         return tuple(map(range, self.start[low:high].tolist(), self.stop[low:high].tolist()))
 
+    def passed(self, source: int, step: int) -> tuple[range, ...]:
+        """Return the places of `source` that the rank `step` after it, or any after that, needs; `step` from 1."""
+        table, far = self._far
+        chosen = table[(table["rank"] == source) & (far >= step)]
+        _, start, stop = _joined(chosen)
+        return tuple(map(range, start.tolist(), stop.tolist()))
+
+    @cached_property
+    def passing(self) -> np.ndarray:
+        """Keys of a source that go on to the rank so many steps after it, int64 `[source, step]`; step 0 is unused."""
+        table, far = self._far
+        ending = np.zeros((self.layout.ranks, self.layout.ranks), dtype=np.int64)
+        np.add.at(ending, (table["rank"], far), table["stop"] - table["start"])
+        return np.cumsum(ending[:, ::-1], axis=1)[:, ::-1]
+
+    @cached_property
+    def _far(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return all key blocks, and how many steps after its owner the last rank stands that needs each; 0: none."""
+        table = _table(self.layout, self.size)
+        far = np.zeros(len(table), dtype=np.int64)
+        apart = self.layout.length + 1
+        begins = table["rank"] * apart + table["start"]
+        first, last = (
+            np.searchsorted(begins, self.source * apart + edge) for edge in (self.start, self.stop)
+        )
+        blocks = last - first
+        block = np.repeat(first - np.cumsum(blocks) + blocks, blocks) + np.arange(blocks.sum())
+        steps = (self.destination - self.source) % self.layout.ranks
+        np.maximum.at(far, block, np.repeat(steps, blocks))
+        return table, far
+
     @cached_property
     def _pair(self) -> np.ndarray:
         return self._number(self.destination, self.source)

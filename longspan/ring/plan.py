@@ -114,45 +114,17 @@ class Plan:
         group = self.heads // self.key_heads
         return mine, range(mine[0] // group, mine[-1] // group + 1) if mine else range(0)
 
-    def passed(self, source: int, step: int) -> tuple[range, ...]:
-        """Return the places of a source that reach the rank `step` after it on a ring: what is needed from there on."""
-        return self._passing[source][step]
-
-    @cached_property
-    def _passing(self) -> list[list[tuple[range, ...]]]:
-        ranks, passing = self.layout.ranks, []
-        for source in range(self.layout.ranks):
-            wanted: list[tuple[range, ...]] = [()] * (ranks + 1)
-            for step in range(ranks - 1, 0, -1):
-                runs = self.traffic.runs((source + step) % ranks, source)
-                wanted[step] = _union((*runs, *wanted[step + 1]), self.layout.pieces(source))
-            passing.append(wanted)
-        return passing
-
-    @cached_property
-    def spread(self) -> list[tuple[range, ...]]:
-        """The places of each rank that any other rank needs."""
-        ranks = range(self.layout.ranks)
-        return [
-            _union(
-                tuple(run for rank in ranks for run in self.traffic.runs(rank, source)),
-                self.layout.pieces(source),
-            )
-            for source in ranks
-        ]
-
     def _passed(self) -> np.ndarray:
         ranks = self.layout.ranks
         tokens = np.zeros((ranks, ranks), dtype=np.int64)
-        for source in range(ranks):
-            for step in range(1, ranks):
-                runs = self.passed(source, step)
-                tokens[(source + step) % ranks, (source + step - 1) % ranks] += sum(map(len, runs))
+        source, step = np.indices((ranks, ranks))[:, :, 1:]
+        np.add.at(tokens, ((source + step) % ranks, (source + step - 1) % ranks), self.traffic.passing[:, 1:])
         return tokens
 
     def _spread(self) -> np.ndarray:
-        tokens = np.array([sum(map(len, runs)) for runs in self.spread], dtype=np.int64)
-        return np.tile(tokens, (len(tokens), 1)) * ~np.eye(len(tokens), dtype=bool)
+        ranks = self.layout.ranks
+        tokens = self.traffic.passing[:, 1] if ranks > 1 else np.zeros(1, dtype=np.int64)
+        return np.tile(tokens, (ranks, 1)) * ~np.eye(ranks, dtype=bool)
 
     def __str__(self) -> str:
         size = self.traffic.size
@@ -177,20 +149,6 @@ class Plan:
         if self.layout.ranks > _SHOWN:
             lines.append(f"  and {self.layout.ranks - _SHOWN:,} more ranks")
         return "\n".join(["Plan across ranks", *lines])
-
-
-def _union(runs: tuple[range, ...], pieces: tuple[range, ...]) -> tuple[range, ...]:
-    """Join runs of places that overlap or touch, but never across the edge of a piece."""
-    edges = {piece.start for piece in pieces}
-    joined: list[range] = []
-    for run in sorted(runs, key=lambda run: (run.start, run.stop)):
-        if joined and (
-            run.start < joined[-1].stop or (run.start == joined[-1].stop and run.start not in edges)
-        ):
-            joined[-1] = range(joined[-1].start, max(joined[-1].stop, run.stop))
-        else:
-            joined.append(run)
-    return tuple(joined)
 
 
 def _swapped(plan: Plan) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from longspan.ring.plan import Plan
 
@@ -34,6 +35,7 @@ class Step:
     broadcast: bool = False
 
 
+@lru_cache(maxsize=256)
 def schedule(plan: Plan, rank: int) -> tuple[Step, ...]:
     """Return the steps of a rank under "exchange", "ring" or "gather", in the order that all ranks keep.
 
@@ -41,7 +43,7 @@ def schedule(plan: Plan, rank: int) -> tuple[Step, ...]:
     """
     ranks, needed = plan.layout.ranks, plan.traffic.runs
     if plan.strategy == "gather":
-        return tuple(_spread(plan, rank, source) for source in range(ranks) if plan.spread[source])
+        return tuple(step for source in range(ranks) if (step := _spread(plan, rank, source)) is not None)
     steps = []
     for step in range(1, ranks):
         source, later = (rank - step) % ranks, (rank + step) % ranks
@@ -49,9 +51,9 @@ def schedule(plan: Plan, rank: int) -> tuple[Step, ...]:
         if plan.strategy == "exchange":
             sender, arrives, sent = source, reads, (later, rank, read)
         else:
-            sender, arrives = (rank - 1) % ranks, plan.passed(source, step)
+            sender, arrives = (rank - 1) % ranks, plan.traffic.passed(source, step)
             forwarded = (source + 1) % ranks
-            sent = ((rank + 1) % ranks, forwarded, plan.passed(forwarded, step))
+            sent = ((rank + 1) % ranks, forwarded, plan.traffic.passed(forwarded, step))
         steps.append(
             Step(
                 source,
@@ -65,8 +67,10 @@ def schedule(plan: Plan, rank: int) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _spread(plan: Plan, rank: int, source: int) -> Step:
-    runs, needed = plan.spread[source], plan.traffic.runs
+def _spread(plan: Plan, rank: int, source: int) -> Step | None:
+    runs, needed = plan.traffic.passed(source, 1), plan.traffic.runs
+    if not runs:
+        return None
     if rank != source:
         return Step(source, source, runs, needed(rank, source), (), (), broadcast=True)
     others = [other for other in range(plan.layout.ranks) if other != rank]
