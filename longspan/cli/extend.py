@@ -236,7 +236,7 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
             else:
                 recipe = Recipe(**given)
                 note(described(recipe))
-                extension.extend(recipe, output, device=place, progress=task if first else None)
+                extension.extend(recipe, output, device=place, progress=task if first else None, note=note)
         except extension.Interrupted as stop:
             note(f"stopped after step {stop.step} of {stop.steps}; nothing is lost")
             note(f"go on with: longspan extend --resume --output {output}")

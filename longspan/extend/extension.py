@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from longspan.extend import state as states
 from longspan.extend.adapter import adapt, causal_model, check_method, merge
 from longspan.extend.folder import OutputFolder
+from longspan.extend.forecast import Forecast, Machine
 from longspan.extend.recipe import Recipe
-from longspan.extend.training import KEPT, Progress, train, trained_bytes
+from longspan.extend.training import KEPT, Progress, bfloat16_is_fast, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.config import extended
@@ -39,7 +41,12 @@ class Interrupted(Exception):
 
 
 def extend(
-    recipe: Recipe, output: str | Path, *, device: Any = "cpu", progress: Reporter | None = None
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    device: Any = "cpu",
+    progress: Reporter | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Extend a model to a longer context and write it as a plain checkpoint.
 
@@ -55,6 +62,7 @@ def extend(
         device: where to train.
         progress: called with the name of the training and the tokens done before, returns what to call after
             every step.
+        note: called before the training with each line of what it will take.
 
     Returns:
         The folder.
@@ -69,6 +77,9 @@ def extend(
     if first:
         folder.check()
     prepared = _Prepared(recipe, device)
+    if note is not None:
+        for line in prepared.forecast.lines():
+            note(line)
     if first:
         folder.require(prepared.written())
         folder.begin(recipe)
@@ -111,6 +122,14 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def _machine(device: torch.device) -> Machine:
+    """Return what there is to train on here; its speed is not known, and nothing depends on it."""
+    if device.type == "cuda":
+        return Machine(ranks(), torch.cuda.mem_get_info(device)[0], 0.0, torch.bfloat16)
+    dtype = torch.bfloat16 if bfloat16_is_fast(on_cpu=True) else torch.float32
+    return Machine(ranks(), psutil.virtual_memory().available, 0.0, dtype)
+
+
 class _Prepared:
     """A recipe whose model, text and pattern have been found to fit together."""
 
@@ -123,6 +142,8 @@ class _Prepared:
         for pattern in {part for stage in patterns for part in stage}:
             pattern.at_head(0, config.num_attention_heads)
         config.attention_dropout = 0.0
+        self.forecast = Forecast(config, recipe, _machine(torch.device(device)))
+        self.forecast.require()
         training, _ = split(documents(recipe.text, column=recipe.column))
         if ranks() > 1 and torch.device(device).type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

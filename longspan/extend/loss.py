@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from longspan.errors import InputError, message
 
 # Logits that are held at a time: 64 MiB in float32.
-_LOGITS = 1 << 24
+LOGITS = 1 << 24
 # Tokens on which the chunked loss is compared with the model's own, and the share of it that rounding may change.
 _PROBE = 16
 _ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
@@ -30,7 +30,7 @@ def chunked_loss(
     *,
     cap: float | None = None,
     items: Tensor | int | None = None,
-    logits: int = _LOGITS,
+    logits: int = LOGITS,
 ) -> Tensor:
     """Return the loss of a causal language model, equal to that over all logits at once.
 

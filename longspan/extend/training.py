@@ -85,7 +85,7 @@ def train(
         warmup_steps=max(1, min(20, recipe.steps // 10)),
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=_bfloat16_is_fast(on_cpu),
+        bf16=bfloat16_is_fast(on_cpu),
         use_cpu=on_cpu,
         seed=recipe.seed,
         logging_steps=1,
@@ -275,7 +275,7 @@ def _recomputed(model: Any) -> Iterator[None]:
         getattr(model, f"{kind}_checkpointing_disable")()
 
 
-def _bfloat16_is_fast(on_cpu: bool) -> bool:
+def bfloat16_is_fast(on_cpu: bool) -> bool:
     """Say whether this machine multiplies in bfloat16 by instructions of its own."""
     if on_cpu:
         return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

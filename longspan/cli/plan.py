@@ -1,0 +1,81 @@
+"""`longspan plan`: what an extension would take, before anything is read or trained."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from longspan.cli.lengths import parse_length
+from longspan.errors import InputError, message
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or Hugging Face id; without it, the default model.",
+            show_default=False,
+        ),
+    ] = None,
+    length: Annotated[
+        str, typer.Option(metavar="N", help="Tokens the model shall read; 128k is 131072.")
+    ] = "4096",
+    devices: Annotated[int, typer.Option("--gpus", metavar="N", help="How many devices there are.")] = 1,
+    memory: Annotated[float, typer.Option(metavar="GB", help="Memory of each.")] = 80.0,
+    speed: Annotated[
+        float, typer.Option(metavar="TFLOPS", help="What each sustains, in 10^12 operations per second.")
+    ] = 300.0,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 175,
+) -> None:
+    """Say what an extension would take, and which way to go.
+
+    Reads the model's configuration and no weights: memory by method, time and traffic of training, cache and
+    reading of the result, and a recommendation with its reasons.
+
+    Example: longspan plan --length 131072 --gpus 8 --memory 80
+    """
+    # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
+    from longspan.extend.forecast import Machine, advice, by_method
+    from longspan.extend.recipe import Recipe
+    from longspan.hf.model import load_config
+
+    for name, value in (("gpus", devices), ("memory", memory), ("speed", speed)):
+        if not 0 < value < 1e9:
+            raise InputError(
+                message(
+                    "An option of the plan is out of range.",
+                    {"asked": f"--{name} {value:g}", "wanted": "more than 0"},
+                    fix="the default, by leaving the option out",
+                )
+            )
+    recipe = Recipe(model=model, length=parse_length(length), steps=steps)
+    config = load_config(model)
+    machine = Machine(devices, memory * 1e9, speed * 1e12)
+    forecasts = by_method(config, recipe, machine)
+    first = forecasts[0]
+    reads = config.max_position_embeddings
+    typer.echo(
+        f"{model or 'the default model'}: {first.memory.parameters:,} parameters, reads {reads:,} tokens, "
+        f"shall read {recipe.length:,}: {recipe.length / reads:g} times as many"
+    )
+    typer.echo(f"{'training':<22}{'trained':>16}{'memory':>14}{'devices/window':>16}{'time':>12}")
+    for each in forecasts:
+        name = f"{each.recipe.method}, {each.recipe.activations}"
+        ranks = "too large" if each.ranks is None else str(each.ranks)
+        typer.echo(
+            f"{name:<22}{each.memory.trained:>16,}{each.memory.total / 1e9:>11,.2f} GB{ranks:>16}"
+            f"{each.seconds / 3600:>10,.2f} h"
+        )
+    gradients, keys = next(each for each in forecasts if each.recipe.method == "lora+").traffic
+    typer.echo(
+        f"traffic: {gradients / 1e9:,.3f} GB of gradients per device and step (lora+), and {keys / 1e9:,.2f} GB "
+        f"of keys and values where {devices} share a window"
+    )
+    typer.echo(
+        f"reading: {first.cache / 1e9:,.2f} GB of keys and values, {first.prefill / 1e12:,.1f} TFLOP "
+        f"({first.prefill / machine.speed:,.1f} s on one device) before the first answer"
+    )
+    for name, reason in advice(config, recipe, machine):
+        typer.echo(f"{name}: {reason}")

@@ -1,0 +1,174 @@
+"""The memory that training takes, found from the configuration alone: the model runs without numbers."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+
+from longspan.extend.adapter import adapt, causal_model
+from longspan.extend.loss import LOGITS
+from longspan.extend.recipe import Recipe
+from longspan.hf.quiet import quiet
+from longspan.kernel.plan import plan
+from longspan.pattern import Causal, parse
+
+_PROBE = "longspan_probe"
+# Logits of a chunk, their softmax, and the gradient of them.
+_COPIES_OF_LOGITS = 3
+# Weights of 4 bits, with the scales of their blocks.
+_QUANTIZED = 0.53
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes that training takes on one device, at its peak.
+
+    Attributes:
+        parameters: numbers in the model.
+        trained: how many of them, or beside them, are trained.
+        weights: bytes of the model and what is put beside it.
+        moments: of the optimizer.
+        gradients: of what is trained.
+        activations: what the way back needs of one batch.
+        workspace: logits of a chunk, and what attention takes while it is computed.
+    """
+
+    parameters: int
+    trained: int
+    weights: int
+    moments: int
+    gradients: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """The peak: gradients grow while activations go, so the larger of the two counts."""
+        passing = max(self.activations + self.workspace, self.gradients + self.workspace)
+        return self.weights + self.moments + passing
+
+
+def training_memory(
+    config: PretrainedConfig, recipe: Recipe, *, dtype: torch.dtype = torch.float32
+) -> Memory:
+    """Return what training by a recipe takes.
+
+    The model is built on torch's meta device and its forward is run there on a batch of the recipe's size: what
+    autograd keeps is counted, whatever the architecture. Attention is taken to keep its input, its output and one
+    number per query and head, as all exact kernels do.
+
+    Args:
+        config: of the model.
+        recipe: method, window, batch and what is done with activations.
+        dtype: in which the model computes; weights are float32.
+
+    Returns:
+        Bytes by kind: exact in weights, moments and gradients, an estimate in the rest.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> small = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        >>> recipe = Recipe(length=1024, method="full")
+        >>> memory = training_memory(small, recipe)
+        >>> memory.parameters == memory.trained, memory.moments == 8 * memory.trained
+        (True, True)
+    """
+    config = copy.deepcopy(config)
+    with init_empty_weights(include_buffers=False), quiet():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE, dtype=torch.float32)
+    # Weights were put in one by one, which parts those that are shared.
+    model.tie_weights()
+    parameters = sum(weight.numel() for weight in model.parameters())
+    method = "lora" if recipe.method == "qlora" else recipe.method
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = adapt(model, rank=recipe.rank, method=method)
+    trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
+    weights = 4 * sum(weight.numel() for weight in adapted.parameters())
+    if recipe.method == "qlora":
+        body = parameters - model.get_input_embeddings().weight.numel()
+        weights -= int((4 - _QUANTIZED) * body)
+    tokens = recipe.batch * recipe.window
+    kept = _kept(adapted, recipe)
+    share = dtype.itemsize / 4
+    # Under autocast each weight is there once more, in the lower precision.
+    lower = 0 if dtype == torch.float32 else parameters * dtype.itemsize
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    logits = tokens * vocabulary
+    if recipe.loss == "chunked":
+        logits = min(logits, max(LOGITS, vocabulary))
+    return Memory(
+        parameters=parameters,
+        trained=trained,
+        weights=weights + lower,
+        moments=8 * trained,
+        gradients=4 * trained,
+        activations=int(kept * share),
+        workspace=int(_COPIES_OF_LOGITS * 4 * logits + _attention(config, recipe)),
+    )
+
+
+def _attention(config: PretrainedConfig, recipe: Recipe) -> int:
+    """Return the bytes that the layer with the hungriest pattern takes to attend, there or back."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return max(
+        max(plan(parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width).workspace)
+        for pattern in recipe.patterns(recipe.window)
+    )
+
+
+def _kept(adapted: nn.Module, recipe: Recipe) -> int:
+    """Return the bytes that autograd keeps of a forward, and of one layer more where it is recomputed."""
+    model = causal_model(adapted)
+    own = {weight.untyped_storage()._cdata for weight in [*model.parameters(), *model.buffers()]}
+    ids = torch.zeros(recipe.batch, recipe.window, dtype=torch.long, device="meta")
+    sizes: dict[int, int] = {}
+    # Storages must stay, or a later one could get the number of one that is gone.
+    held: list[Tensor] = []
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage._cdata not in own:
+            held.append(saved)
+            sizes[storage._cdata] = storage.nbytes()
+        return saved
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        # A mask of four dimensions is handed through as it is; without one, numbers would be looked at.
+        mask = torch.zeros(1, 1, 1, 1, device="meta")
+        last = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    width = last.numel() * last.element_size()
+    whole = sum(sizes.values())
+    layers = model.config.get_text_config().num_hidden_layers
+    if recipe.activations == "recomputed":
+        return layers * width + whole // layers
+    return whole
+
+
+class _Attention(torch.autograd.Function):
+    """An attention that computes nothing, and keeps what one that does would keep."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, _ = query.shape
+        output = query.new_empty(batch, heads, length, value.shape[-1])
+        ctx.save_for_backward(query, key, value, output, query.new_empty(batch, heads, length))
+        return output
+
+
+def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+    return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_PROBE, _probe)
+AttentionMaskInterface.register(_PROBE, lambda **options: None)

@@ -1,0 +1,116 @@
+"""`longspan plan` and the estimate under it: what training takes, from a configuration alone."""
+
+from __future__ import annotations
+
+import pytest
+from tiny import llama
+from transformers import LlamaConfig
+
+from longspan.errors import InputError
+from longspan.extend.adapter import adapt
+from longspan.extend.forecast import Forecast, Machine, advice
+from longspan.extend.memory import training_memory
+from longspan.extend.recipe import METHODS, Recipe
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+# Llama 3.1 8B, without its weights.
+LARGE = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+)
+MIDDLING = LlamaConfig(**LARGE.to_dict() | {"num_hidden_layers": 2})
+
+
+@pytest.fixture(autouse=True)
+def unwritten_memory_is_nan():
+    """Models of billions of parameters are built here without memory, which must not be filled."""
+    yield
+
+
+def machine(memory=80e9, devices=1):
+    return Machine(devices, memory, 3e14)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "qlora"])
+def test_parameters_are_counted_exactly(method):
+    model = llama()
+    memory = training_memory(model.config, Recipe(length=512, method=method, rank=3))
+    adapted = adapt(llama(), rank=3, method=method)
+    assert memory.parameters == sum(weights.numel() for weights in model.parameters())
+    assert memory.trained == sum(weights.numel() for weights in adapted.parameters() if weights.requires_grad)
+    assert memory.weights == 4 * sum(weights.numel() for weights in adapted.parameters())
+
+
+def test_a_large_model_is_read_from_its_configuration():
+    """8.03 billion parameters; keys and values of 131,072 tokens are 16 GiB in bfloat16."""
+    forecast = Forecast(LARGE, Recipe(length=131072, method="lora", activations="recomputed"), machine())
+    assert forecast.memory.parameters == 8_030_261_248
+    assert forecast.cache == 16 * 2**30
+    # Two matrix products a parameter and token, forward, for gradients, and again, and attention beside them.
+    assert forecast.flops > 2 * 8_030_261_248 * 131072 * 3
+    rows = dict(advice(LARGE, forecast.recipe, machine()))
+    assert rows["positions"].startswith("yarn: 16 times") and rows.keys() == {
+        "positions",
+        "pattern",
+        "method",
+    }
+    assert "instead" in dict(advice(LARGE, Recipe(length=1 << 20), machine()))
+
+
+def test_recomputing_takes_less_and_more_ranks_share_a_window():
+    kept, recomputed = (
+        Forecast(MIDDLING, Recipe(length=65536, activations=activations), machine(memory=30e9))
+        for activations in ("kept", "recomputed")
+    )
+    assert recomputed.memory.activations < kept.memory.activations
+    assert kept.ranks is not None and kept.ranks > 1 and not kept.fits
+    assert Forecast(MIDDLING, kept.recipe, machine(memory=4e9)).ranks is None
+
+
+def test_what_does_not_fit_is_refused_with_what_would():
+    with pytest.raises(InputError) as refused:
+        Forecast(MIDDLING, Recipe(length=65536), machine(memory=30e9)).require()
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "This recipe does not fit into memory."
+    assert lines[1].startswith("  needs     memory ") and lines[2] == "  there is  30.00 GB"
+    assert lines[3] == "  try       --activations recomputed"
+    with pytest.raises(InputError, match="a smaller model"):
+        Forecast(MIDDLING, Recipe(length=65536), machine(memory=1e9)).require()
+
+
+def test_it_prints_a_plan(run):
+    code, out, err = run("plan", "--length", "128k", "--gpus", "8", "--memory", "80")
+    lines = out.splitlines()
+    assert (code, err) == (0, "")
+    assert (
+        lines[0]
+        == "the default model: 3,279,616 parameters, reads 512 tokens, shall read 131,072: 256 times as many"
+    )
+    assert [line.partition(":")[0] for line in lines if ": " in line][1:] == [
+        "traffic",
+        "reading",
+        "positions",
+        "pattern",
+        "method",
+    ]
+    assert sum(line.startswith(("full", "lora", "qlora")) for line in lines) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (("no/such/folder",), "There is no model folder at this path."),
+        (("--length", "far"), "This is not a length."),
+        (("--gpus", "0"), "An option of the plan is out of range."),
+        (("--memory", "nan"), "An option of the plan is out of range."),
+    ],
+)
+def test_bad_input_gets_one_message_and_code_2(run, arguments, problem):
+    code, out, err = run("plan", *arguments)
+    assert (code, out, err.splitlines()[0]) == (2, "", problem)
