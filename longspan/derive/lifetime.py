@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import lru_cache
+
 import numpy as np
 
 from longspan.derive.extent import extent
 from longspan.errors import ShapeError, message
-from longspan.pattern import Pattern, Progression
+from longspan.pattern import Bracket, Pattern, Progression, Random
+from longspan.pattern.base import Positions, Verdict
 
 # Beyond any text, and small enough that sums of positions stay far inside int64.
 _FAR = 1 << 40
@@ -45,7 +49,8 @@ def live(
     """Return the keys before `at` that a query from `at` on may still read: what a cache has to keep.
 
     Law: as for `alive`, exact or safe on the side of keeping. A causal window keeps the last `size - 1` keys, sinks
-    their first ones, residues what lies on them, and dense patterns everything.
+    their first ones, residues what lies on them, and dense patterns everything; so do random blocks in a text without
+    end, whose later draws may choose any key.
 
     Args:
         pattern: what is read.
@@ -127,9 +132,28 @@ def most_live(pattern: Pattern, *, length: int) -> int:
     return int(np.cumsum(born - died).max(initial=0))
 
 
+@dataclass(frozen=True, repr=False)
+class _Undecided(Pattern):
+    """Some queries may read some keys, and nobody says which."""
+
+    def contains(self, q: Positions, k: Positions) -> Verdict:
+        pairs = np.broadcast_shapes(q.low.shape, k.low.shape)
+        return Bracket(np.zeros(pairs, dtype=np.int64), np.ones(pairs, dtype=np.int64))
+
+
+@lru_cache(maxsize=256)
+def _endless(pattern: Pattern) -> Pattern:
+    """Return the pattern for a text without end, where later draws may choose any key."""
+    if isinstance(pattern, Random):
+        return _Undecided()
+    return pattern.rebuilt(tuple(map(_endless, pattern.operands))) if pattern.operands else pattern
+
+
 def _may_read(pattern: Pattern, keys: Progression, at: int | np.ndarray, until: int | None) -> np.ndarray:
     first = np.asarray(at)
     last = first + _FAR if until is None else np.maximum(first, until - 1)
+    if until is None:
+        pattern = _endless(pattern)
     bracket = pattern.count(Progression(first, last, (last > first) * 1), keys)
     read = ~np.broadcast_to(bracket.empty, keys.low.shape)
     return read if until is None else read & (first < until)
