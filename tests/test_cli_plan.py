@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from tiny import llama
 from transformers import LlamaConfig
@@ -82,6 +87,56 @@ def test_what_does_not_fit_is_refused_with_what_would():
     assert lines[3] == "  try       --activations recomputed"
     with pytest.raises(InputError, match="a smaller model"):
         Forecast(MIDDLING, Recipe(length=65536), machine(memory=1e9)).require()
+
+
+PEAKS = r"""
+import gc, re, sys, tempfile, warnings
+from pathlib import Path
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from longspan.extend.adapter import adapt
+from longspan.extend.memory import training_memory
+from longspan.extend.recipe import Recipe
+from longspan.extend.training import train
+from longspan.extend.windows import TrainingWindows
+from longspan.hf.model import load_model
+from longspan.text.corpus import Corpus
+
+def held(what):
+    return 1024 * int(re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+corpus = Corpus.from_ids([list(range(1, 200)) * 50], separator=256)
+for length in (64, 1024, 1536, 2048):
+    model, tokenizer = load_model(None)
+    recipe = Recipe(length=length, steps=2, passkeys=0.0)
+    windows = TrainingWindows(corpus, tokenizer, recipe, heads=4)
+    memory = training_memory(model.config, recipe)
+    model = adapt(model, rank=recipe.rank)
+    gc.collect()
+    # The mark of the highest memory begins anew.
+    Path("/proc/self/clear_refs").write_text("5")
+    before = held("VmRSS")
+    train(model, windows, recipe, folder=Path(tempfile.mkdtemp()))
+    print(held("VmHWM") - before, memory.total - memory.weights)
+    del model
+    gc.collect()
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak anew"
+)
+def test_the_estimate_is_the_peak_within_15_percent():
+    """Of the default model at three lengths, after a first one that brings in what libraries load late."""
+    # Freed memory goes back at once, so what is measured is what is needed.
+    frugal = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    command = [sys.executable, "-c", PEAKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **frugal})
+    pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(pairs) == 4
+    for peak, estimate in pairs[1:]:
+        assert estimate == pytest.approx(peak, rel=0.15)
 
 
 def test_it_prints_a_plan(run):

@@ -62,7 +62,9 @@ def training_memory(
 
     The model is built on torch's meta device and its forward is run there on a batch of the recipe's size: what
     autograd keeps is counted, whatever the architecture. Attention is taken to keep its input, its output and one
-    number per query and head, as all exact kernels do.
+    number per query and head, as all exact kernels do. What the process itself takes (half a gigabyte of
+    libraries) comes on top, and so does what an allocator keeps of freed memory: glibc's by default up to as much
+    again, which MALLOC_MMAP_THRESHOLD_=262144 avoids.
 
     Args:
         config: of the model.
@@ -116,12 +118,15 @@ def training_memory(
 
 
 def _attention(config: PretrainedConfig, recipe: Recipe) -> int:
-    """Return the bytes that the layer with the hungriest pattern takes to attend, there or back."""
+    """Return the bytes that the layer with the hungriest pattern takes to attend.
+
+    Those of the way there are counted: on the way back, more is free by then than attention takes.
+    """
     text = config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return max(
-        max(plan(parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width).workspace)
+        plan(parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width).workspace[0]
         for pattern in recipe.patterns(recipe.window)
     )
 
