@@ -209,3 +209,27 @@ def test_branches_and_rows_go_their_own_ways(storage, pattern):
     for outputs, told in zip(zip(*both, strict=True), (sides, mixed), strict=True):
         wanted = whole([side[:, :, :70] for side in told], pattern)[:, :, 40:]
         torch.testing.assert_close(torch.cat(outputs, 2), wanted)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("pattern", PATTERNS[2:4], ids=str)
+def test_one_row_left_of_a_ragged_batch_has_no_gaps_that_are_read(storage, pattern):
+    sides = text(3)
+    real = torch.ones(3, 50, dtype=torch.bool)
+    real[0, ::2] = real[1, 40:] = False
+    cache = Cache(pattern, heads=HEADS, key_heads=KEY_HEADS, block=4, undo=6, storage=STORAGES[storage]())
+    cache.attend(*(side[:, :, :50] for side in sides), real=real)
+    cache.select(torch.tensor([0]))
+    cache.crop(23)
+    rest = [side[:1, :, 60:90] for side in sides]
+    output = in_pieces(cache, rest, 1, 9)
+    told = [
+        torch.cat([side[:1, :, :50][:, :, real[0]][:, :, :23], end], 2)
+        for side, end in zip(sides, rest, strict=True)
+    ]
+    torch.testing.assert_close(output, whole(told, pattern)[:, :, 23:])
+    cache.select(torch.tensor([0, 0]))
+    assert cache.lengths == [53, 53]
+    more = [side[:2, :, 90:] for side in sides]
+    told = [torch.cat([side.expand(2, -1, -1, -1), end], 2) for side, end in zip(told, more, strict=True)]
+    torch.testing.assert_close(in_pieces(cache, more, 1), whole(told, pattern)[:, :, 53:])

@@ -186,7 +186,9 @@ class Cache:
         if fresh:
             self._begin(key, value)
         try:
-            reading = Reading(scale, changes, self.rotate, self.places)
+            if real is not None:
+                self._set_apart()
+            reading = Reading(scale, changes, self._alike, self.rotate, self.places)
             return self._attend(query, key, value, real, reading)
         except BaseException:
             if fresh:
@@ -209,7 +211,7 @@ class Cache:
         if len(set(wanted.tolist())) > 1:
             self._set_apart()
         for shelf in self._shelves:
-            shelf.crop(wanted.to(shelf.positions.device))
+            shelf.crop(wanted.to(shelf.positions.device), alike=self._alike)
         self._lengths = wanted
 
     def check_crop(self, lengths: int | Sequence[int]) -> None:
@@ -233,7 +235,7 @@ class Cache:
         if self._lengths is None:
             return
         old = self._shelves
-        self._shelves = [shelf.select(rows) for shelf in old]
+        self._shelves = [shelf.select(rows, alike=self._alike) for shelf in old]
         for shelf in old:
             shelf.storage.release()
         self._lengths, self._floor = self._lengths[rows.cpu()], self._floor[rows.cpu()]
@@ -253,7 +255,7 @@ class Cache:
         )
         if self._lengths is not None:
             rows = torch.arange(len(self._lengths), device=self._shelves[0].positions.device)
-            other._shelves = [shelf.select(rows) for shelf in self._shelves]
+            other._shelves = [shelf.select(rows, alike=self._alike) for shelf in self._shelves]
             other._lengths, other._floor = self._lengths, self._floor
             other._form, other._alike = self._form, self._alike
         return other
@@ -270,10 +272,7 @@ class Cache:
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, reading: Reading
     ) -> Tensor:
         tokens = query.shape[2]
-        if real is not None:
-            self._set_apart()
-        arrived = torch.full_like(self._lengths, tokens) if real is None else real.sum(1).cpu()
-        ends = self._lengths + arrived
+        ends = self._lengths + (tokens if real is None else real.sum(1).cpu())
         positions = self._next_positions(tokens, real, query.device)
         held_from = (self._lengths - self.undo).clamp(min=0)
         marks = []

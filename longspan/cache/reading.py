@@ -34,11 +34,13 @@ class Reading:
     Attributes:
         scale: what they are multiplied by.
         changes: what changes them beside the pattern, for all query heads.
+        alike: whether all rows lie alike, so that no slot is nobody's.
         rotate, places: how keys and queries are turned, see `Cache`.
     """
 
     scale: float
     changes: Scores
+    alike: bool
     rotate: Rotate | None
     places: str
 
@@ -53,8 +55,10 @@ class Reading:
         here = replace(self, changes=_of_heads(self.changes, shelf.heads))
         key, value = shelf.storage.read()
         if self.rotate is None and query.shape[2] * key.shape[2] <= _UNPLANNED:
-            return here._masked(query, key, value, shelf.readers, positions, shelf.positions)
-        if len(positions) == 1:
+            return here._masked(
+                query, key, value, shelf.readers, positions, shelf.positions, gaps=not self.alike
+            )
+        if self.alike:
             return here._alike(query, key, value, shelf.readers, positions, shelf.positions, int(ends[0]))
         output = query.new_zeros((*query.shape[:3], value.shape[3]))
         for number, row_positions in enumerate(positions):
@@ -143,14 +147,16 @@ class Reading:
         readers: tuple[Pattern, ...],
         positions: Tensor,
         held: Tensor,
+        *,
+        gaps: bool = False,
     ) -> Tensor:
-        """Read by computing all pairs; positions are `[batch or 1, tokens]`, -1 where there is no token."""
+        """Read by computing all pairs; positions are `[batch or 1, tokens]`, -1 in `gaps` without a token."""
         batch, heads, rows, width = query.shape
         key_heads = key.shape[1]
         # The query heads of one key head become rows of one block, so that keys are read once.
         folded = query.reshape(batch, key_heads, -1, width)
         exact = torch.promote_types(query.dtype, torch.float32)
-        bias = _counts(_distinct(readers), positions, held).to(exact).log()
+        bias = _counts(_distinct(readers), positions, held, gaps=gaps).to(exact).log()
         silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
         if self.changes.slopes is not None:
             slopes = torch.tensor(self.changes.slopes, dtype=exact, device=query.device)
@@ -182,12 +188,17 @@ class Reading:
         return (weights @ value.to(bias.dtype)).to(query.dtype)
 
 
-def _counts(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor) -> Tensor:
+def _counts(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor, *, gaps: bool = False) -> Tensor:
     """Return how often queries read keys, `[rows, len(readers), queries, keys]`: the formula on positions."""
     q, k = queries[:, :, None], keys[:, None, :]
-    real = (q >= 0) & (k >= 0)
-    counted = {reader: reader.count(q, k) * real for reader in set(readers)}
-    return torch.stack([counted[reader] for reader in readers], dim=1)
+    counted = {reader: reader.count(q, k) for reader in set(readers)}
+    if gaps:
+        real = (q >= 0) & (k >= 0)
+        counted = {reader: often * real for reader, often in counted.items()}
+    if len(readers) == 1:
+        return counted[readers[0]].expand(-1, queries.shape[1], keys.shape[1])[:, None]
+    shape = (max(len(queries), len(keys)), queries.shape[1], keys.shape[1])
+    return torch.stack([counted[reader].expand(shape) for reader in readers], dim=1)
 
 
 def _distinct(readers: tuple[Pattern, ...]) -> tuple[Pattern, ...]:

@@ -69,18 +69,18 @@ class Shelf:
         self.storage.truncate(used)
         self.positions = self.positions[:, :used]
 
-    def crop(self, lengths: Tensor) -> None:
-        """Forget the keys at and after `lengths`, one for each row."""
+    def crop(self, lengths: Tensor, *, alike: bool) -> None:
+        """Forget the keys at and after `lengths`, one for each row; `alike` says that no slot is nobody's."""
         late = self.positions >= lengths[: len(self.positions), None]
-        if len(self.positions) == 1:
+        if alike:
             self.truncate(int((~late).sum()))
         else:
             # Slots are those of all rows, so what one row alone forgets stays as nobody's.
             self.positions = self.positions.masked_fill(late, -1)
 
-    def select(self, rows: Tensor) -> Shelf:
-        """Return a shelf with these rows of the batch."""
+    def select(self, rows: Tensor, *, alike: bool) -> Shelf:
+        """Return a shelf with these rows of the batch; `alike` says that one row of positions tells of all."""
         chosen = Shelf(self.key_heads, self.heads, self.readers)
         chosen.storage = self.storage.select(rows) if self.storage else None
-        chosen.positions = self.positions if len(self.positions) == 1 else self.positions[rows]
+        chosen.positions = self.positions if alike else self.positions[rows]
         return chosen

@@ -16,6 +16,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from longspan.hf.attention import reset, set_pattern
+from longspan.hf.cache import PatternCache
 from longspan.hf.causality import Causality, Leak, check_causality
 from longspan.hf.config import extended, rope_parameters, write_config
 from longspan.hf.model import load_config, load_model
@@ -23,6 +24,7 @@ from longspan.hf.model import load_config, load_model
 __all__ = [
     "Causality",
     "Leak",
+    "PatternCache",
     "check_causality",
     "extended",
     "load_config",
