@@ -113,6 +113,7 @@ def test_a_file_of_settings_repeats_a_run(run, models, place):
     assert run("extend", "--config", place / "mine.yaml", "--length", "128", "--rank", "2")[0] == 0
     saved = yaml.safe_load((place / "first" / "recipe.yaml").read_text())
     assert (saved["length"], saved["rank"], saved["seed"], saved["rate"]) == (128, 2, 3, 0.001)
+    assert saved["window"] == 64
     assert saved["pattern"] == "LongMixed(16); Causal()"
     again = run("extend", "--config", place / "first" / "recipe.yaml", "--output", place / "again")
     assert again[0] == 0
@@ -140,6 +141,8 @@ def test_it_says_what_it_does_and_where_the_result_is(run, models, place):
         *("--pattern", "LongMixed(64)", "--steps", "2", "--batch", "1", "--output", place / "out"),
     )
     assert code == 0
+    # Read again with another length, the window follows it.
+    assert yaml.safe_load((place / "out" / "recipe.yaml").read_text())["window"] is None
     assert err.splitlines()[0] == (
         f"extending {models}/tiny to 256 tokens: yarn, LongMixed(64), 2 steps of 1 x 256 tokens of {place}/novel.txt"
     )

@@ -59,13 +59,16 @@ def test_a_large_model_is_read_from_its_configuration():
     assert forecast.cache == 16 * 2**30
     # Two matrix products a parameter and token, forward, for gradients, and again, and attention beside them.
     assert forecast.flops > 2 * 8_030_261_248 * 131072 * 3
-    rows = dict(advice(LARGE, forecast.recipe, machine()))
+
+
+def test_advice_goes_by_factor_and_length():
+    rows = dict(advice(MIDDLING, Recipe(length=131072), machine()))
     assert rows["positions"].startswith("yarn: 16 times") and rows.keys() == {
         "positions",
         "pattern",
         "method",
     }
-    assert "instead" in dict(advice(LARGE, Recipe(length=1 << 20), machine()))
+    assert "instead" in dict(advice(MIDDLING, Recipe(length=1 << 20), machine()))
 
 
 def test_recomputing_takes_less_and_more_ranks_share_a_window():
@@ -107,7 +110,7 @@ def held(what):
     return 1024 * int(re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 corpus = Corpus.from_ids([list(range(1, 200)) * 50], separator=256)
-for length in (64, 1024, 1536, 2048):
+for length in (64, 768, 1024, 1536):
     model, tokenizer = load_model(None)
     recipe = Recipe(length=length, steps=2, passkeys=0.0)
     windows = TrainingWindows(corpus, tokenizer, recipe, heads=4)

@@ -70,7 +70,11 @@ def write(recipe: Recipe, path: Path) -> None:
     """Write a recipe so that `read` gives it back, with the versions that it was carried out with."""
     versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
     head = f"# {versions}\n# Repeat: longspan extend --config {path.name} --output FOLDER\n"
-    text = head + yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True)
+    values = asdict(recipe)
+    if recipe.window == recipe.length:
+        # It follows the length, also where the file is read with another one.
+        values["window"] = None
+    text = head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # A file that is there is whole: it is written under another name, and renamed.
     unfinished = path.with_suffix(".writing")
     unfinished.write_text(text, encoding="utf-8")
