@@ -12,6 +12,7 @@ from longspan.cli.demo import command as demo_command
 from longspan.cli.eval import command as eval_command
 from longspan.cli.extend import command as extend_command
 from longspan.cli.plan import command as plan_command
+from longspan.cli.read import command as read_command
 from longspan.cli.show import command as show_command
 from longspan.errors import LongspanError
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("extend")(extend_command)
 app.command("eval")(eval_command)
 app.command("plan")(plan_command)
+app.command("read")(read_command)
 app.command("show")(show_command)
 app.command("demo")(demo_command)
 
