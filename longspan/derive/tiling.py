@@ -17,7 +17,7 @@ from longspan.pattern import Pattern
 SIZE = 128
 # Squares of blocks that may be looked at merely to compare the contiguous layout with a strided one.
 COMPARABLE = 1 << 16
-_CLASS_PAIRS = 1 << 16
+_CLASS_PAIRS = 1 << 20
 
 
 @dataclass(frozen=True)

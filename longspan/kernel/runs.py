@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks
+from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks, Side
 from longspan.derive.tiling import Tile
+from longspan.pattern import Progression
 
 # Blocks that one run with a mask may span; wider ones are cut into a masked edge and an interior without mask.
 WIDEST = 48
@@ -60,7 +61,7 @@ def runs(tile: Tile) -> Runs:
     facts = [kind, rows, columns]
     masked = kind == MASKED
     if masked.any():
-        facts += _mask_facts(tile, query, key, rows, columns, masked)
+        facts.append(_masks(tile, query, key, rows, columns, masked))
     _, look = np.unique(np.stack(facts), axis=1, return_inverse=True)
     return Runs(query, key, rows, columns, kind, look.ravel())
 
@@ -173,26 +174,44 @@ def _joined(ordered: np.ndarray, joins: np.ndarray) -> np.ndarray:
     return joined
 
 
-def _mask_facts(
+def _masks(
     tile: Tile,
     query: np.ndarray,
     key: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     masked: np.ndarray,
-) -> list[np.ndarray]:
-    """Return arrays that are equal for two masked runs of one shape only if their masks are equal."""
-    period = tile.term.period
-    if period is not None:
-        # A shift by the period changes no pair, so distance and phase decide the mask.
-        q, k = (
-            side.positions.start + index * side.positions.step
-            for side, index in ((tile.blocks.query_side, query), (tile.blocks.key_side, key))
+) -> np.ndarray:
+    """Return an array that is equal for two masked runs of one shape just where their masks are equal."""
+    chosen = np.flatnonzero(masked)
+    sides = (
+        _places(side, index[chosen], count[chosen])
+        for side, index, count in (
+            (tile.blocks.query_side, query, rows),
+            (tile.blocks.key_side, key, columns),
         )
-        return [np.where(masked, q - k, 0), np.where(masked, q % period, 0)]
-    content = np.full(len(query), -1)
+    )
+    # The signature tells most of the equal ones without a look at their pairs; what it tells apart is compared.
+    facts = np.stack([rows[chosen], columns[chosen], *tile.term.signature(*sides)])
+    _, sample, alike = np.unique(facts, axis=1, return_index=True, return_inverse=True)
     seen: dict[bytes, int] = {}
-    for run in np.flatnonzero(masked):
-        packed = np.packbits(tile.mask(query[run], key[run], rows[run], columns[run])).tobytes()
-        content[run] = seen.setdefault(packed, len(seen))
-    return [content]
+    content = np.array(
+        [
+            seen.setdefault(_packed(tile, *run), len(seen))
+            for run in zip(*(side[chosen[sample]] for side in (query, key, rows, columns)), strict=True)
+        ]
+    )
+    found = np.full(len(query), -1)
+    found[chosen] = content[alike.ravel()]
+    return found
+
+
+def _places(side: Side, first: np.ndarray, count: np.ndarray) -> Progression:
+    """Return the positions of `count` places from an index of the side on, as progressions."""
+    low = side.positions.start + first * side.positions.step
+    step = side.positions.step * side.step
+    return Progression(low, low + (count - 1) * step, np.where(count > 1, step, 0))
+
+
+def _packed(tile: Tile, query: int, key: int, rows: int, columns: int) -> bytes:
+    return np.packbits(tile.mask(query, key, rows, columns)).tobytes()
