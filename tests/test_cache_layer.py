@@ -79,11 +79,12 @@ def test_pieces_of_any_size_give_the_whole(pattern, storage):
         assert cache.lengths == [LENGTH, LENGTH]
 
 
-@pytest.mark.parametrize("pattern", PATTERNS[::2], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_many_queries_are_read_by_plans_of_the_runs_that_are_held(pattern, monkeypatch):
     monkeypatch.setattr(reading, "_UNPLANNED", 0)
     sides = text(1)
-    cache = Cache(pattern, heads=HEADS, key_heads=KEY_HEADS, block=5)
+    # What is held for undoing begins where no chunk does.
+    cache = Cache(pattern, heads=HEADS, key_heads=KEY_HEADS, block=5, undo=8)
     torch.testing.assert_close(in_pieces(cache, sides, 40), whole(sides, pattern))
 
 

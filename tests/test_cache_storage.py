@@ -107,6 +107,9 @@ def test_a_text_longer_than_the_pool_leaves_all_unharmed():
         "  left    4 of 14\n"
         "  try     a larger Pool, shorter texts, or cache.reset() on those that are done"
     )
+    with pytest.raises(ShapeError, match="wanted  3 pages of 4 tokens"):
+        # The first key head takes its pages, the second one finds too few.
+        cache.attend(*(side[:, :, 20:32] for side in sides))
     assert (pool.free, cache.lengths) == (free, [20])
     rest = cache.attend(*(side[:, :, 20:28] for side in sides))
     wanted = attend(*(side[:, :, :28] for side in sides), pattern & Causal())
