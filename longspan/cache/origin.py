@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longspan.pattern import Pattern
-from longspan.pattern.base import Counts, Positions, Verdict
+from longspan.pattern.base import Positions, Verdict
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,9 +19,6 @@ class _Moved(Pattern):
 
     def contains(self, q: Positions, k: Positions) -> Verdict:
         return self.part.contains(q + self.distance, k + self.distance)
-
-    def count(self, q: Positions, k: Positions) -> Counts:
-        return self.part.count(q + self.distance, k + self.distance)
 
     def facts(self, q: Positions, k: Positions) -> tuple[np.ndarray, ...]:
         return self.part.signature(q + self.distance, k + self.distance)
