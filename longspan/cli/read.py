@@ -172,7 +172,7 @@ def fitting(config: Any) -> Pattern:
     Example:
         >>> from types import SimpleNamespace
         >>> fitting(SimpleNamespace(max_position_embeddings=512))
-        Streaming(508, sinks=4)
+        Streaming(508)
     """
     from longspan.pattern import Streaming
 

@@ -55,8 +55,8 @@ class StreamCache(PatternCache):
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> from longspan.hf import set_pattern
-        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2)
-        >>> model = LlamaForCausalLM(config).eval()
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
         >>> set_pattern(model, Streaming(16, sinks=4))
         >>> options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         >>> with StreamCache(model) as cache:
@@ -202,6 +202,9 @@ class StreamLayer(PatternLayer):
         self.columns = read
         return output.transpose(1, 2).contiguous()
 
+    def check_crop(self, tokens_to_remove: int) -> None:
+        raise _one_way(f"crop({tokens_to_remove})")
+
     def _sinks(
         self,
         query: Tensor,
@@ -260,10 +263,7 @@ class Kept:
         return sum(side.numel() * side.element_size() for side in sides)
 
     def select(self, rows: Tensor) -> None:
-        raise _one_way("other rows")
-
-    def check_crop(self, lengths: Sequence[int]) -> None:
-        raise _one_way("a crop")
+        raise _one_way("other rows of the batch, as beams are")
 
 
 def _one_way(asked: str) -> ShapeError:
@@ -325,6 +325,6 @@ def _unknown(model: nn.Module, reason: str) -> InputError:
         message(
             "This model's positions cannot be counted within a cache.",
             {"model": type(model).__name__, "why": reason},
-            fix="PatternCache(model), whose places are those of the text",
+            fix="PatternCache(model), or --places text: places are then those of the text",
         )
     )
