@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
-from longspan.kernel import opaque, reference, sdpa
+from longspan.kernel import flex, opaque, reference, sdpa
 from longspan.kernel.plan import choose, scores_refusal
 from longspan.pattern import Pattern
 from longspan.score import Score, collect
@@ -47,7 +47,8 @@ def attend(
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
         scores: what changes them beside the pattern: `ALiBi()`, `Sinks(logits)`, `SoftCap(limit)` from
             `longspan.score`, one or a list of them in any order.
-        kernel: "sdpa" or "reference" to insist on one; None takes the first that can run.
+        kernel: "sdpa", "flex" or "reference" to insist on one; None takes the first that can run, on cpu sdpa or
+            reference, on cuda flex or reference.
 
     Returns:
         `[batch, heads, queries, value width]` in the dtype of `query`.
@@ -103,7 +104,11 @@ def attend_with_lse(
     start, step = (keys - rows, 1) if queries is None else (queries.start, queries.step)
     chosen, why_not_sdpa = "sdpa", sdpa.refusal(query, changes)
     if why_not_sdpa or kernel not in ("sdpa", None):
-        refusals = {"sdpa": why_not_sdpa, "reference": scores_refusal(reference.scores_bytes(query, key))}
+        too_large = scores_refusal(reference.scores_bytes(query, key))
+        why_not_flex = flex.refusal((query, key, value), pattern, changes, asked=kernel == "flex")
+        if query.device.type == "cpu":
+            why_not_flex = why_not_flex or too_large
+        refusals = {"sdpa": why_not_sdpa, "flex": why_not_flex, "reference": too_large}
         where = range(start, start + step * rows, step)
         chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, where))
     if scale <= 0:
@@ -116,10 +121,9 @@ def attend_with_lse(
                 query, key, value, pattern, start=start, step=step, scale=scale, changes=changes
             )
         positions = range(start, start + step * rows, step)
-        if chosen == "reference":
-            return reference.attend(
-                query, key, value, pattern, queries=positions, scale=scale, changes=changes
-            )
+        if chosen != "sdpa":
+            run = flex.attend if chosen == "flex" else reference.attend
+            return run(query, key, value, pattern, queries=positions, scale=scale, changes=changes)
         work = opaque.work(pattern, query.shape[1], positions, keys, scale, changes.slopes)
         return sdpa.attend(query, key, value, changes.sinks, work)
 

@@ -83,6 +83,11 @@ class Call:
     origins: tuple[Tensor, Tensor]
     tables: tuple[Tensor, ...]
 
+    def __str__(self) -> str:
+        full, partial = self.lists.counts
+        every = f"every {max(self.steps)}, " if self.family.classes else ""
+        return f"1 call, {every}{full:,} full and {partial:,} partial blocks of {self.family.size} by {self.family.size}"
+
 
 @dataclass(frozen=True, eq=False)
 class Group:
@@ -90,6 +95,21 @@ class Group:
 
     heads: tuple[int, ...]
     calls: tuple[Call, ...]
+
+    def __str__(self) -> str:
+        first, last = self.heads[0], self.heads[-1]
+        run = len(self.heads) > 2 and self.heads == tuple(range(first, last + 1))
+        named = f"{first} to {last}" if run else ", ".join(map(str, self.heads))
+        named = f"head{'s' * (len(self.heads) > 1)} {named}"
+        return "\n".join([f"  {named}", *(f"    {call}" for call in self.calls)])
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Full and partial blocks of all calls, over all heads."""
+        counted = [(len(self.heads) // call.lists.heads, *call.lists.counts) for call in self.calls]
+        return sum(times * full for times, full, _ in counted), sum(
+            times * some for times, _, some in counted
+        )
 
 
 @lru_cache(maxsize=32)
@@ -153,9 +173,16 @@ def _pieces(single: Pattern, queries: range, keys: range, device: torch.device) 
             # Queries set apart so that the residue classes of both sides begin side by side.
             lead = (term.lead - (queries.start - keys.start)) % term.steps[0]
             for first, rows in ((0, queries[:lead]), (lead, queries[lead:])):
-                found = _cheaper(term, rows, keys) if rows else ()
-                if len(found):
-                    yield _Piece(first, found, formula(term, device), _classes(found))
+                piece = _piece(term, first, rows, keys, device) if rows else None
+                if piece is not None:
+                    yield piece
+
+
+@lru_cache(maxsize=64)
+def _piece(term: Pattern, lead: int, queries: range, keys: range, device: torch.device) -> _Piece | None:
+    """Return how one relation is read, the same object for all heads, or None where it holds no pair."""
+    found = _cheaper(term, queries, keys)
+    return _Piece(lead, found, formula(term, device), _classes(found)) if len(found) else None
 
 
 def _plain(pattern: Pattern) -> bool:

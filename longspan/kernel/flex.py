@@ -34,22 +34,36 @@ from longspan.score import Scores
 NARROWEST = 16
 # Devices on which FlexAttention runs its definition.
 DEFINED = ("cpu",)
-_CUDA_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CUDA_DTYPES = ("float32", "bfloat16", "float16")
 
 
-def refusal(tensors: Sequence[Tensor], pattern: Pattern) -> str | None:
-    """Say why this kernel cannot take these tensors and this pattern, or None where it can."""
+def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, asked: bool) -> str | None:
+    """Say why this kernel cannot take these tensors, this pattern and these changes, or None where it can.
+
+    On cpu it runs for those who ask for it by name.
+    """
     query = tensors[0]
-    kind, dtype = query.device.type, str(query.dtype).removeprefix("torch.")
-    if kind not in ("cuda", "cpu"):
+    if query.device.type == "cpu":
+        taken = (*tensors, *([] if changes.sinks is None else [changes.sinks]))
+        if not asked:
+            return "is taken on cpu only where it is asked for"
+        if torch.is_grad_enabled() and any(side.requires_grad for side in taken):
+            return "has no backward on cpu: FlexAttention gives gradients on cuda only"
+    elif query.device.type != "cuda":
         return f"runs on cuda, and forward on cpu, got {query.device}"
-    if kind == "cuda" and query.dtype not in _CUDA_DTYPES:
-        return f"takes float32, bfloat16 or float16, got {dtype}"
-    if kind == "cpu" and torch.is_grad_enabled() and any(side.requires_grad for side in tensors):
-        return "has no backward on cpu: FlexAttention gives gradients on cuda only"
+    else:
+        why = dtype_refusal(str(query.dtype).removeprefix("torch."))
+        if why:
+            return why
     return _unknown(pattern, query.shape[1])
 
 
+def dtype_refusal(dtype: str) -> str | None:
+    """Say why this kernel cannot take a dtype on cuda, or None where it can."""
+    return None if dtype in CUDA_DTYPES else f"takes {' or '.join(CUDA_DTYPES)} on cuda, got {dtype}"
+
+
+@torch.compiler.disable
 @lru_cache(maxsize=256)
 def _unknown(pattern: Pattern, heads: int) -> str | None:
     """Say what no kernel can be made of, or None."""
@@ -175,8 +189,8 @@ def _part(
     )
     output, lse = _flex(call, taken, scale, limit, slopes)
     if not plain:
-        output, lse = (_scattered(side, call, query.shape[0]) for side in (output, lse.unsqueeze(-1)))
-        lse = lse.squeeze(-1)
+        output = _scattered(output, call, query.shape[0], 0.0)
+        lse = _scattered(lse.unsqueeze(-1), call, query.shape[0], -torch.inf).squeeze(-1)
     if call.rows < query.shape[2]:
         around = (call.lead, query.shape[2] - call.lead - call.rows)
         output, lse = F.pad(output, (0, 0, *around)), F.pad(lse, around, value=-torch.inf)
@@ -190,10 +204,9 @@ def _gathered(side: Tensor, step: int, classes: Tensor, places: int) -> Tensor:
     return apart.permute(0, 3, 1, 2, 4).flatten(0, 1)
 
 
-def _scattered(side: Tensor, call: Call, batch: int) -> Tensor:
-    """Put what the classes gave back where their queries stand; others read nothing."""
+def _scattered(side: Tensor, call: Call, batch: int, nothing: float) -> Tensor:
+    """Put what the classes gave back where their queries stand; others get `nothing`."""
     found = side.unflatten(0, (batch, -1)).permute(0, 2, 3, 1, 4)
-    nothing = -torch.inf if side.shape[-1] == 1 else 0.0
     whole = found.new_full((*found.shape[:3], call.steps[0], found.shape[4]), nothing)
     return whole.index_copy(3, call.classes[0], found).flatten(2, 3)[:, :, : call.rows]
 

@@ -33,9 +33,14 @@ class Lists:
         return (*self.keys, *self.full_keys, *self.queries, *self.full_queries)
 
     @property
-    def area(self) -> int:
-        """Blocks in all lists of keys."""
-        return int(self.keys[0].sum()) + int(self.full_keys[0].sum())
+    def heads(self) -> int:
+        """How many heads are listed; one stands for all."""
+        return self.keys[0].shape[1]
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many blocks are full, and how many partial."""
+        return int(self.full_keys[0].sum()), int(self.keys[0].sum())
 
 
 def lists(heads: list[Blocks], classes: tuple[np.ndarray, np.ndarray], device: torch.device) -> Lists:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+import torch
+
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, message
-from longspan.kernel import sdpa
+from longspan.kernel import family, flex, sdpa
 from longspan.kernel.bias import KEPT
 from longspan.kernel.parts import Part, parts
 from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys, workspace
@@ -16,7 +18,7 @@ from longspan.pattern import Pattern
 
 # The most memory that dense scores may take.
 REFERENCE_BYTES = 8 * 10**9
-KERNELS = ("sdpa", "reference")
+KERNELS = ("sdpa", "flex", "reference")
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -30,9 +32,10 @@ class Plan:
         queries, keys: absolute positions.
         width: numbers in a head's query.
         dtype: of the tensors.
-        kernel: the kernel that runs, "sdpa" or "reference".
+        kernel: the kernel that runs, "sdpa", "flex" or "reference".
         groups: heads that read alike, and their parts.
         refused: kernels that do not run, each with its reason.
+        calls: what "flex" does instead of the parts; none for other kernels.
     """
 
     pattern: Pattern
@@ -44,6 +47,7 @@ class Plan:
     kernel: str
     groups: tuple[sdpa.HeadGroup, ...]
     refused: tuple[tuple[str, str], ...]
+    calls: tuple[family.Group, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -53,6 +57,8 @@ class Plan:
     @property
     def area(self) -> int:
         """Pairs computed by all heads, masked ones included."""
+        if self.kernel == "flex":
+            return (self.blocks.full + self.blocks.partial) * family.BLOCK**2
         return sum(part.area * len(group.heads) for group in self.groups for part in group.parts)
 
     @property
@@ -68,14 +74,26 @@ class Plan:
     @cached_property
     def blocks(self) -> BlockCounts:
         """Blocks of 128 by 128 places in the layout of each part, over all heads: full, partial, and all others."""
-        counted = [(len(group.heads), *block_counts(group.parts)) for group in self.groups]
+        if self.kernel == "flex":
+            counted = [(1, *group.blocks) for group in self.calls]
+        else:
+            counted = [(len(group.heads), *block_counts(group.parts)) for group in self.groups]
         full, partial = (sum(heads * found[at] for heads, *found in counted) for at in (0, 1))
         square = self.heads * -(-len(self.queries) // SIZE) * -(-len(self.keys) // SIZE)
         return BlockCounts(full, partial, max(0, square - full - partial))
 
     @cached_property
     def workspace(self) -> tuple[int, int]:
-        """Bytes that the kernel takes at most beside inputs, outputs and gradients, forward and backward."""
+        """Bytes that the kernel takes at most beside inputs, outputs and gradients, forward and backward; of "flex",
+        the lists of blocks only."""
+        if self.kernel == "flex":
+            listed = {
+                id(part): part.nbytes
+                for group in self.calls
+                for call in group.calls
+                for part in call.lists.tensors
+            }
+            return sum(listed.values()), sum(listed.values())
         size = max(4, _BYTES[self.dtype])
         if self.kernel == "reference":
             # Counts, scores, weights and their gradients are dense.
@@ -99,7 +117,12 @@ class Plan:
     @cached_property
     def layout(self) -> str:
         """In which order positions are read, and what the contiguous order would have cost."""
-        steps = {max(part.query.step, part.key.step) for group in self.groups for part in group.parts} - {1}
+        if self.kernel == "flex":
+            steps = {max(call.steps) for group in self.calls for call in group.calls} - {1}
+        else:
+            steps = {max(part.query.step, part.key.step) for group in self.groups for part in group.parts} - {
+                1
+            }
         if not steps:
             return "contiguous"
         areas = [
@@ -127,17 +150,25 @@ class Plan:
             ("layout", self.layout),
             ("computed", f"{self.area:,}, {self.area / max(1, self.pairs):.2f} times the pairs"),
             ("flops", f"{self.flops:,} forward"),
-            ("workspace", f"{_size(self.workspace[0])} forward, {_size(self.workspace[1])} backward at most"),
+            ("workspace", self._workspace()),
             ("kernel", self.kernel),
             *(("refused", f"{name}: {why}") for name, why in self.refused),
         ]
         lines = [f"  {label:<9}  {text}" for label, text in rows]
+        if self.kernel == "flex":
+            return "\n".join(["Plan", *lines, *map(str, self.calls)])
         for group in self.groups:
             lines.append(f"  {_heads(group.heads)}")
             lines.extend(f"    {_line(part)}" for part in group.parts)
             if not group.parts:
                 lines.append("    read nothing" if len(group.heads) > 1 else "    reads nothing")
         return "\n".join(["Plan", *lines])
+
+    def _workspace(self) -> str:
+        forward, backward = map(_size, self.workspace)
+        if self.kernel == "flex":
+            return f"{forward} of lists"
+        return f"{forward} forward, {backward} backward at most"
 
 
 def _span(positions: range) -> str:
@@ -197,8 +228,9 @@ def plan(
     width: int = 64,
     dtype: str = "float32",
     kernel: str | None = None,
+    device: str = "cpu",
 ) -> Plan:
-    """Return what `attend` would do on the CPU, without doing it.
+    """Return what `attend` would do, without doing it.
 
     Law: the parts of the plan hold every pair as often as the pattern counts it, and plans of equal arguments are
     the same object.
@@ -210,7 +242,8 @@ def plan(
         heads: number of query heads.
         width: numbers in a head's query.
         dtype: "float64", "float32", "bfloat16" or "float16".
-        kernel: "sdpa" or "reference" to insist on one; None takes the first that can run.
+        kernel: "sdpa", "flex" or "reference" to insist on one; None takes the first that can run.
+        device: "cpu" or "cuda"; the device need not be there.
 
     Returns:
         A Plan; `print` shows it.
@@ -244,17 +277,33 @@ def plan(
         raise ShapeError(
             message("There is no such dtype here.", {"asked": dtype}, fix=f"one of {', '.join(_BYTES)}")
         )
-    return _plan(pattern, heads, queries, keys, width, dtype, kernel)
+    if device not in ("cpu", "cuda"):
+        raise ShapeError(message("A plan is for one of two devices.", {"asked": device}, fix="cpu or cuda"))
+    return _plan(pattern, heads, queries, keys, width, dtype, kernel, device)
 
 
 @lru_cache(maxsize=256)
 def _plan(
-    pattern: Pattern, heads: int, queries: range, keys: range, width: int, dtype: str, kernel: str | None
+    pattern: Pattern,
+    heads: int,
+    queries: range,
+    keys: range,
+    width: int,
+    dtype: str,
+    kernel: str | None,
+    device: str,
 ) -> Plan:
     refusals = {"reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype]))}
+    if device == "cuda":
+        refusals["sdpa"] = sdpa.device_refusal(device)
+        refusals["flex"] = flex.dtype_refusal(dtype)
+    elif kernel == "flex":
+        refusals["flex"] = refusals["reference"]
     chosen, refused = choose(refusals, kernel, {"pattern": str(pattern)})
-    groups = head_groups(pattern, heads, queries, keys)
-    return Plan(pattern, heads, queries, keys, width, dtype, chosen, groups, refused)
+    grouped = head_groups(pattern, heads, queries, keys)
+    # Where the lists are made does not change them.
+    calls = family.groups(pattern, heads, queries, keys, torch.device("cpu")) if chosen == "flex" else ()
+    return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)
 
 
 def choose(

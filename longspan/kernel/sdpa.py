@@ -53,12 +53,17 @@ class Work:
 def refusal(query: Tensor, changes: Scores) -> str | None:
     """Say why this kernel cannot take these tensors and changes of scores, or None where it can."""
     if query.device.type != "cpu":
-        return f"runs on cpu, got {query.device}"
+        return device_refusal(str(query.device))
     if query.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         return f"takes float64, float32, bfloat16 or float16, got {str(query.dtype).removeprefix('torch.')}"
     if changes.limit is not None:
         return "cannot cap scores softly: the flash attention that it calls has no tanh"
     return None
+
+
+def device_refusal(device: str) -> str:
+    """Say why this kernel cannot run on a device that is no CPU."""
+    return f"runs on cpu, got {device}"
 
 
 def attend(

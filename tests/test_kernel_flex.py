@@ -1,0 +1,264 @@
+"""The flex kernel: the numbers of the reference, from block lists read as a compiled kernel reads them.
+
+FlexAttention's own definition looks at all pairs and at no list, and has no backward on cpu. So most tests put a
+stand-in in its place that computes what the lists say and nothing else, with gradients; some run the real one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
+
+from longspan import attend, attend_with_lse
+from longspan.derive.mask import counts
+from longspan.kernel import family, flex, reference
+from longspan.pattern import (
+    S2,
+    Causal,
+    Chunk,
+    Dilated,
+    Documents,
+    LongMixed,
+    LongNet,
+    Nothing,
+    Pattern,
+    PerHead,
+    SlidingWindow,
+    Streaming,
+    Window,
+)
+from longspan.score import ALiBi, Scores, Sinks, SoftCap
+
+HEADS = 4
+PLAIN = Scores()
+FEW = [
+    SlidingWindow(9),
+    LongMixed(9),
+    LongNet((8, 32), (1, 4)),
+    Documents((20, 11)) & Causal(),
+    PerHead([SlidingWindow(9), Causal(), Nothing(), LongNet((4, 16), (1, 2))]),
+]
+
+
+def listed(number: torch.Tensor, which: torch.Tensor, columns: int) -> torch.Tensor:
+    """Return which blocks stand in lists, bool, as kernels read them: as many of each list as its number says."""
+    meant = torch.arange(which.shape[-1]) < number[..., None]
+    found = torch.zeros(*number.shape, columns, dtype=torch.int64)
+    found.scatter_add_(3, which.long(), meant.long())
+    assert not (found > 1).any()
+    return found > 0
+
+
+def blockwise(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    score_mod: Any,
+    block_mask: Any,
+    scale: float,
+    enable_gqa: bool,
+    return_aux: Any,
+    kernel_options: Any,
+) -> tuple[torch.Tensor, Any]:
+    """Attention over what the lists say: all of a full block, and of a partial one what the mask function keeps."""
+    size, axis = block_mask.BLOCK_SIZE[0], [*query.shape[:3], key.shape[2]]
+    rows, columns = (-(-length // size) for length in axis[2:])
+    partly = listed(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
+    fully = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
+    assert not (partly & fully).any()
+    # What backward reads is the same, column by column.
+    assert torch.equal(partly.mT, listed(block_mask.q_num_blocks, block_mask.q_indices, rows))
+    assert torch.equal(fully.mT, listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, rows))
+    assert enable_gqa and return_aux.lse and kernel_options is None
+
+    def places(blocks: torch.Tensor) -> torch.Tensor:
+        wide = blocks.repeat_interleave(size, 2).repeat_interleave(size, 3)
+        return wide[:, :, : axis[2], : axis[3]]
+
+    b, h, q, k = (
+        torch.arange(length, dtype=torch.int32).view([-1 if at == number else 1 for at in range(4)])
+        for number, length in enumerate(axis)
+    )
+    read = places(fully) | (places(partly) & block_mask.mask_mod(b, h, q, k))
+    key, value = (side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value))
+    scores = query @ key.mT * scale
+    if score_mod is not None:
+        scores = score_mod(scores, b, h, q, k)
+    scores = scores.masked_fill(~read, -math.inf)
+    silent = ~read.any(-1).expand(scores.shape[:-1])
+    lse = torch.logsumexp(scores.masked_fill(silent[..., None], 0.0), dim=-1)
+    # As in a kernel, what is not read is multiplied by 0.
+    weights = torch.exp(scores - lse[..., None]).masked_fill(silent[..., None], 0.0)
+    return weights @ value, flex.flex.AuxOutput(lse=lse.masked_fill(silent, -math.inf), max_scores=None)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flex.flex, "flex_attention", blockwise)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Blocks of which a short text holds many."""
+    monkeypatch.setattr(family, "BLOCK", 8)
+    for cached in (family.groups, family._piece):
+        cached.cache_clear()
+    yield
+    for cached in (family.groups, family._piece):
+        cached.cache_clear()
+
+
+def graded(kernel: Any, given: list, pattern: Pattern, queries: range, changes: Scores, into: list) -> list:
+    """Return output, log-sum-exp and gradients, those for sinks too."""
+    leaves = [side.detach().requires_grad_() for side in given]
+    sinks = None if changes.sinks is None else changes.sinks.detach().requires_grad_()
+    changes = Scores(changes.limit, changes.slopes, sinks)
+    output, lse = kernel.attend(*leaves, pattern, queries=queries, scale=0.3, changes=changes)
+    wanted = leaves if sinks is None else [*leaves, sinks]
+    found = torch.autograd.grad([output, lse], wanted, [part.to(output.dtype) for part in into])
+    return [output, lse, *found]
+
+
+def compare(pattern: Pattern, queries: range, keys: int, changes: Scores = PLAIN) -> None:
+    given = tensors(len(queries), keys, torch.float64, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(3)
+    into = [
+        torch.randn(shape, generator=generator, dtype=torch.float64)
+        for shape in (given[0].shape, given[0].shape[:3])
+    ]
+    truth = graded(reference, given, pattern, queries, changes, into)
+    got = graded(flex, given, pattern, queries, changes, into)
+    for name, one, right in zip(
+        ("output", "lse", "query", "key", "value", "sinks"), got, truth, strict=False
+    ):
+        torch.testing.assert_close(
+            one,
+            right,
+            rtol=0,
+            atol=1e-9,
+            msg=lambda text, name=name: f"{name} of {pattern}, {queries}: {text}",
+        )
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_small_blocks_and_gradients(pattern: Pattern, small: None, stand_in: None):
+    for length in (1, 97):
+        compare(pattern, range(length), length)
+
+
+@pytest.mark.parametrize("pattern", COMPOSED, ids=str)
+def test_blocks_as_they_are(pattern: Pattern, stand_in: None):
+    compare(pattern, range(300), 300)
+
+
+@pytest.mark.parametrize("pattern", [*FEW, Causal() & Dilated(3, offset=1), Chunk(7).T], ids=str)
+@pytest.mark.parametrize("named", RANGES)
+def test_queries_stand_where_they_are_said_to(named: str, pattern: Pattern, small: None, stand_in: None):
+    compare(pattern, *RANGES[named])
+
+
+@pytest.mark.parametrize("pattern", [*FEW, ~Causal(), Streaming(9)], ids=str)
+def test_changes_of_scores(pattern: Pattern, small: None, stand_in: None):
+    logits = torch.tensor([0.5, -1.0, 4.0, -math.inf], dtype=torch.float64)
+    for changes in (
+        Scores(0.7, (3.0, -0.01, 0.0, 0.5), logits),
+        Scores(None, ALiBi().of(HEADS), None),
+        Scores(None, None, logits),
+    ):
+        compare(pattern, range(97), 97, changes)
+        compare(pattern, range(2, 97, 3), 97, changes)
+
+
+@pytest.mark.parametrize("spoiled", ["query", "key", "value", "output", "lse", "infinite value"])
+@pytest.mark.parametrize("pattern", [SlidingWindow(7), *FEW[2:]], ids=str)
+def test_what_is_no_number_stays_with_what_reads_it(
+    pattern: Pattern, spoiled: str, small: None, stand_in: None
+):
+    given = tensors(31, 31, torch.float64, torch.device("cpu"))
+    into = [torch.ones_like(given[0]), torch.ones_like(given[0][..., 0])]
+    worst = math.inf if spoiled == "infinite value" else math.nan
+    target = [*given, *into][["query", "key", "value", "output", "lse"].index(spoiled.split()[-1])]
+    for place in ((0, 1, 12), (1, 0, 30)):
+        target[place] = worst
+    truth = graded(reference, given, pattern, range(31), PLAIN, into)
+    for one, right in zip(graded(flex, given, pattern, range(31), PLAIN, into), truth, strict=True):
+        torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_a_query_that_reads_nothing_gets_nothing(small: None, stand_in: None):
+    """Whatever flows into the log-sum-exp of an empty row, nothing comes out of it."""
+    given = tensors(31, 31, torch.float64, torch.device("cpu"))
+    into = [torch.full_like(given[0], 5.0), torch.full_like(given[0][..., 0], math.nan)]
+    pattern = Causal() - Window(20)
+    found = graded(flex, given, pattern, range(31), PLAIN, into)
+    empty = ~counts(pattern, length=31).any(-1)
+    assert not found[0][:, :, empty].any()
+    assert (found[1][:, :, empty] == -math.inf).all()
+    assert not found[2][:, :, empty].any()
+
+
+# The real one.
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("pattern", [SlidingWindow(9), LongNet((8, 32), (1, 4)), S2(8)], ids=str)
+def test_flex_attention_itself_gives_the_same(pattern: Pattern, heads: tuple[int, int]):
+    for length, dtype in ((31, torch.float64), (129, torch.float32), (1, torch.float32)):
+        given = tensors(length, length, dtype, torch.device("cpu"), heads=heads[0], key_heads=heads[1])
+        truth = attend_with_lse(*[side.double() for side in given], pattern, kernel="reference")
+        plain = attend_with_lse(*given, pattern, kernel="reference")
+        got = attend_with_lse(*given, pattern, kernel="flex")
+        for one, ordinary, right in zip(got, plain, truth, strict=True):
+            oracle.within_budget(one, ordinary, right, lse=truth[1])
+
+
+def test_flex_attention_itself_changes_scores():
+    given = tensors(31, 31, torch.float64, torch.device("cpu"))
+    changes = [ALiBi(), SoftCap(2.0), Sinks(torch.zeros(HEADS))]
+    got, truth = (
+        attend(*given, LongMixed(9), queries=range(31), scores=changes, kernel=kernel)
+        for kernel in ("flex", "reference")
+    )
+    torch.testing.assert_close(got, truth, rtol=0, atol=1e-12)
+
+
+def test_cuda_takes_narrow_heads_wider(monkeypatch: pytest.MonkeyPatch):
+    """Columns of 0 change nothing, and none of them comes out."""
+    seen = []
+
+    def plainly(kind: Any, scale: float, facts: Any) -> Any:
+        run = flex._kernel(kind, scale)
+        return lambda query, *rest: seen.append(query.shape[3]) or run(query, *rest)
+
+    monkeypatch.setattr(flex, "DEFINED", ())
+    monkeypatch.setattr(flex, "_compiled", plainly)
+    monkeypatch.setattr(flex.flex, "flex_attention", blockwise)
+    compare(SlidingWindow(9), range(31), 31)
+    assert set(seen) == {flex.NARROWEST}
+
+
+# Where there is a CUDA device: float64, which most of the matrix is in, is not for tensor cores.
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("named", RANGES)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_queries_stand_where_they_are_said_to(named: str, pattern: Pattern):
+    queries, keys = RANGES[named]
+    given = tensors(len(queries), keys, torch.float32, torch.device("cuda"))
+    check(pattern, given, "flex", queries=queries)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (8, 2), (12, 4)], ids=str)
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_shares_key_heads(pattern: Pattern, heads: tuple[int, int]):
+    given = tensors(300, 300, torch.float32, torch.device("cuda"), heads=heads[0], key_heads=heads[1])
+    check(pattern, given, "flex")
