@@ -15,7 +15,7 @@ help:
 	@echo "make test     run all tests"
 	@echo "make lint     check style, format and types"
 	@echo "make bench    measure attention over patterns against a matrix product"
-	@echo "make gpu      run the kernel matrix on a CUDA device"
+	@echo "make gpu      test and measure the kernels on a CUDA device"
 	@echo "make picture  draw docs/patterns.svg anew"
 	@echo "make clean    remove what these have made, the virtual environment included"
 
@@ -23,8 +23,9 @@ demo: $(READY)
 	rm -rf out/demo
 	$(BIN)/longspan demo --output out/demo
 
+# Two processes of one thread each: the tests are many and small.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -34,9 +35,11 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json out/attention.json
 
+# Compilers warn of their own doings, so warnings are no errors there.
 gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("There is no CUDA device here, so nothing was run. On a machine with one, install a CUDA build of torch into .venv.")'
-	$(BIN)/python -m pytest tests -k cuda
+	$(BIN)/python -m pytest tests -k cuda -W default
+	$(BIN)/python benchmarks/attention.py --device cuda --dtype bfloat16 --json out/attention-cuda.json
 
 picture: $(READY)
 	$(BIN)/python docs/patterns.py

@@ -28,7 +28,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ranks.py"
         (Causal(), zigzag, (32, 32), "ulysses"),
         (Causal() & Dilated(8), striped, (8, 8), "exchange"),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_the_cheapest_strategy_is_taken(pattern: Pattern, layout, heads: tuple[int, int], chosen: str):
     made = plan(pattern, layout(8192, 8), heads=heads[0], key_heads=heads[1])
