@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny import byte_tokenizer, llama
@@ -22,7 +24,9 @@ def prompts(monkeypatch):
     def written(model, rows, budgets):
         texts = [tokenizer.decode(row.tolist()) for row in rows]
         seen.append(texts)
-        return [tokenizer(text[:4])["input_ids"][:budget] for text, budget in zip(texts, budgets, strict=True)]
+        return [
+            tokenizer(text[:4])["input_ids"][:budget] for text, budget in zip(texts, budgets, strict=True)
+        ]
 
     monkeypatch.setattr(module, "written", written)
     return seen
@@ -30,11 +34,13 @@ def prompts(monkeypatch):
 
 @pytest.mark.parametrize(("chunk", "overlap"), [(40, 0), (40, 8), (100, 99), (33, 1), (1000, 0)])
 def test_chunks_cover_the_text_and_overlap(prompts, chunk, overlap):
-    found = digest(llama(positions=2000), byte_tokenizer(), TEXT, "Q?", chunk=chunk, overlap=overlap, budget=4)
+    found = digest(
+        llama(positions=2000), byte_tokenizer(), TEXT, "Q?", chunk=chunk, overlap=overlap, budget=4
+    )
     parts = [prompt.removesuffix(ASKED) for prompt in prompts[0]]
     assert all(prompt.endswith(ASKED) for prompts_of_round in prompts for prompt in prompts_of_round)
     joined = parts[0]
-    for before, part in zip(parts, parts[1:], strict=False):
+    for before, part in pairwise(parts):
         assert len(before) == chunk and before[chunk - overlap :] == part[:overlap]
         assert len(part) > overlap
         joined += part[overlap:]
@@ -56,7 +62,12 @@ def test_a_model_answers():
     assert found.rounds[-1] == (found.answer,) and len(found.rounds[0]) > 4
     # The same by hand, for a text of one chunk: nothing but the text, the question, and greedy decoding.
     row = torch.tensor([[256, *tokenizer(TEXT[:20] + ASKED, add_special_tokens=False)["input_ids"]]])
-    options = {"attention_mask": torch.ones_like(row), "do_sample": False, "max_new_tokens": 6, "pad_token_id": 256}
+    options = {
+        "attention_mask": torch.ones_like(row),
+        "do_sample": False,
+        "max_new_tokens": 6,
+        "pad_token_id": 256,
+    }
     wanted = model.generate(row, **options)[0, row.shape[1] :]
     said = " ".join(tokenizer.decode(wanted, skip_special_tokens=True).split("\nQuestion:")[0].split())
     assert digest(model, tokenizer, TEXT[:20], "Q?", budget=6).answer == said

@@ -41,7 +41,9 @@ class Apart(torch.nn.Module):
         )
         rows = []
         for q in range(query.shape[2]):
-            read = torch.arange(q + 1)[self.pattern.at_head(0, 1).contains(torch.tensor(q), torch.arange(q + 1))]
+            read = torch.arange(q + 1)[
+                self.pattern.at_head(0, 1).contains(torch.tensor(q), torch.arange(q + 1))
+            ]
             places = rotation(torch.arange(len(read)), Plain(), width=WIDTH)
             last = rotation(torch.tensor([len(read) - 1]), Plain(), width=WIDTH)
             keys = places.turn(key[:, :, read]).repeat_interleave(2, 1)
@@ -61,8 +63,12 @@ def in_pieces(model, cache, ids, sizes):
     return torch.cat(pieces, dim=1)
 
 
-@pytest.mark.parametrize("pattern", [Streaming(6, sinks=2), Streaming(1, sinks=3), Streaming(70), SlidingWindow(7)])
-@pytest.mark.parametrize("sizes", [[1] * LENGTH, [60], [31, 2, 1, 26], [3, 7, 50]], ids=["ones", "whole", "mixed", "few"])
+@pytest.mark.parametrize(
+    "pattern", [Streaming(6, sinks=2), Streaming(1, sinks=3), Streaming(70), SlidingWindow(7)]
+)
+@pytest.mark.parametrize(
+    "sizes", [[1] * LENGTH, [60], [31, 2, 1, 26], [3, 7, 50]], ids=["ones", "whole", "mixed", "few"]
+)
 def test_every_query_reads_at_places_of_its_own(pattern, sizes):
     model, ids = model_of(FULL["llama"]), tokens(2, LENGTH)
     set_pattern(model, pattern)
@@ -114,7 +120,9 @@ def test_a_window_of_the_model_s_own_takes_the_sinks_away():
     set_pattern(model, Streaming(20, sinks=2))
     cache = StreamCache(model)
     in_pieces(model, cache, tokens(1, LENGTH), [LENGTH])
-    assert {layer.kept.keys.shape[2] + layer.kept.first_keys.shape[2] for layer in cache.layers} == {WINDOW - 1}
+    assert {layer.kept.keys.shape[2] + layer.kept.first_keys.shape[2] for layer in cache.layers} == {
+        WINDOW - 1
+    }
     set_pattern(model, Streaming(4, sinks=2))
     with pytest.raises(PatternError, match="Places in the cache"):
         StreamCache(model)
@@ -199,8 +207,8 @@ def test_misuse_is_refused():
                     change()
         # Afterwards the model is as it was.
         assert model(ids, use_cache=False).logits.equal(wanted)
+    cache.reset()
     with cache, pytest.raises(PlanError, match="no gradient"):
-        cache.reset()
         model(ids, past_key_values=cache)
 
 

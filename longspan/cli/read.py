@@ -28,7 +28,9 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Folder or Hugging Face id; without it, the default model.", show_default=False
+            metavar="MODEL",
+            help="Folder or Hugging Face id; without it, the default model.",
+            show_default=False,
         ),
     ] = None,
     pattern: Annotated[
@@ -88,7 +90,9 @@ def command(
 
     if places not in (None, *_PLACES):
         raise InputError(
-            message("There is no such place to count from.", {"asked": f"--places {places}"}, fix="cache or text")
+            message(
+                "There is no such place to count from.", {"asked": f"--places {places}"}, fix="cache or text"
+            )
         )
     sparse = None if pattern is None else parse(pattern)
     place = device_named(device)
@@ -200,7 +204,9 @@ def encoded(tokenizer: Any, text: str, question: str | None) -> tuple[Any, list[
     # The end token would tell the model that nothing follows.
     body = ids if tokenizer.eos_token_id is None else ids[:-1]
     asked = "\n\nSummary:" if question is None else f"\n\nQuestion: {question}\nAnswer:"
-    return np.concatenate([np.array(opening(tokenizer), dtype=np.int64), body]), encoded_piece(tokenizer, asked)
+    return np.concatenate([np.array(opening(tokenizer), dtype=np.int64), body]), encoded_piece(
+        tokenizer, asked
+    )
 
 
 def ends_of(model: Any) -> list[int]:
@@ -220,7 +226,9 @@ def notes(pattern: Pattern, config: Any, places: str, length: int) -> list[str]:
     if any(most_live(single, length=_TWICE) > most_live(single, length=_ONCE) for single in singles):
         said.append(f"{pattern} may read keys from far back for ever: the cache grows with the text.")
     context = getattr(config, "max_position_embeddings", length)
-    farthest = max((length - keys[0][0] for single in singles if (keys := live(single, at=length))), default=0)
+    farthest = max(
+        (length - keys[0][0] for single in singles if (keys := live(single, at=length))), default=0
+    )
     if places == "text" and farthest > context:
         said.append(
             f"Keys up to {farthest:,} tokens back are read at their places in the text, beyond the "

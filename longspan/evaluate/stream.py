@@ -129,9 +129,7 @@ class Stream:
                 recent = (loss - before) / max(1, guessed - guessed_before)
                 seconds = time.perf_counter() - begun
                 memory = _memory(logits.device)
-                found.append(
-                    Checkpoint(end, loss / guessed, recent, seconds, self.cache.nbytes, memory)
-                )
+                found.append(Checkpoint(end, loss / guessed, recent, seconds, self.cache.nbytes, memory))
                 before, guessed_before = loss, guessed
             if progress is not None:
                 megabytes = f"{self.cache.nbytes / 1e6:,.2f} MB"

@@ -77,7 +77,9 @@ class StreamCache(PatternCache):
         if frequency.varies or not rotaries:
             raise _unknown(model, "they vary with the length" if frequency.varies else "no module turns them")
         self.layers = [
-            StreamLayer(layer.module(), frequency, self) for layer in self.layers if isinstance(layer, PatternLayer)
+            StreamLayer(layer.module(), frequency, self)
+            for layer in self.layers
+            if isinstance(layer, PatternLayer)
         ]
         for layer in self.layers:
             layer.family = self.layers
@@ -111,7 +113,9 @@ class StreamCache(PatternCache):
         return bool(self._hooks)
 
     def __str__(self) -> str:
-        return f"StreamCache: {self.get_seq_length()} tokens read, {self.nbytes:,} bytes in {len(self)} layers"
+        return (
+            f"StreamCache: {self.get_seq_length()} tokens read, {self.nbytes:,} bytes in {len(self)} layers"
+        )
 
     def _through_here(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
         if options.get("past_key_values") is not self:
@@ -174,33 +178,54 @@ class StreamLayer(PatternLayer):
         kept = self.kept or Kept.empty(key, value)
         if kept.keys.shape[0] != key.shape[0]:
             raise self._refuse(
-                f"it holds {kept.keys.shape[0]} rows, and {key.shape[0]} came", "cache.reset() for other texts"
+                f"it holds {kept.keys.shape[0]} rows, and {key.shape[0]} came",
+                "cache.reset() for other texts",
             )
         keys, values = torch.cat([kept.keys, key], dim=2), torch.cat([kept.values, value], dim=2)
-        places = torch.arange(keys.shape[2], device=key.device)
-        recent = attend_with_lse(
-            shift(query, places[-query.shape[2] :], self.frequency),
-            shift(keys, places, self.frequency),
-            values,
-            Causal() & Window(window),
-            scale=scale,
-            scores=scores,
-        )
         first = [
             torch.cat([before, new[:, :, : sinks - before.shape[2]]], dim=2)
             for before, new in ((kept.first_keys, key), (kept.first_values, value))
         ]
-        parts = [recent]
         read = self.columns + query.shape[2]
-        if sinks and read > window:
-            parts.append(self._sinks(query, *first, window, sinks, scale, scores))
-        output = parts[0][0] if len(parts) == 1 else merge(parts)[0]
+        if query.shape[2] == 1:
+            outside = min(sinks, max(0, read - window))
+            every = [
+                torch.cat([before[:, :, :outside], after], dim=2)
+                for before, after in zip(first, (keys, values), strict=True)
+            ]
+            # What one query reads lies in order, so its places are counted once for sinks and window.
+            output = self._recent(query, *every, Causal(), scale, scores)[0]
+        else:
+            recent = self._recent(query, keys, values, Causal() & Window(window), scale, scores)
+            output = recent[0]
+            if sinks and read > window:
+                output = merge([recent, self._sinks(query, *first, window, sinks, scale, scores)])[0]
         stay = max(0, keys.shape[2] - (window - 1))
         # Copies, for views would hold the whole piece.
         self.kept = Kept(keys[:, :, stay:].clone(), values[:, :, stay:].clone(), *first, length=read)
         self.pattern = pattern
         self.columns = read
         return output.transpose(1, 2).contiguous()
+
+    def _recent(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        scale: float | None,
+        scores: Sequence[Score],
+    ) -> tuple[Tensor, Tensor]:
+        """Read keys at places 0, 1, 2 and so on, the last of which are the queries' own."""
+        places = torch.arange(key.shape[2], device=key.device)
+        return attend_with_lse(
+            shift(query, places[-query.shape[2] :], self.frequency),
+            shift(key, places, self.frequency),
+            value,
+            pattern,
+            scale=scale,
+            scores=scores,
+        )
 
     def check_crop(self, tokens_to_remove: int) -> None:
         raise _one_way(f"crop({tokens_to_remove})")
