@@ -2,12 +2,13 @@
 
 The yardstick is useful work. A pattern of P pairs takes 4 · width · P floating-point operations forward and
 10 · width · P backward; what a kernel computes and masks away does not count. The rate at which a kernel does this
-work is set against the rate of a float32 matrix product of 2048 x 2048 x 2048, measured in the same run. Dense
-causal attention of PyTorch is measured beside it. Repeats are interleaved, so that a machine that slows down slows
+work is set against the rate of a large matrix product, measured in the same run: in float32 of 2048 x 2048 x 2048 on
+cpu, in the dtype of the tensors of 8192 x 8192 x 8192 on cuda. Dense causal attention of PyTorch is measured beside it. Repeats are interleaved, so that a machine that slows down slows
 down everything, and medians are reported.
 
     python benchmarks/attention.py --json out/attention.json
     python benchmarks/attention.py --lengths 4096,16384 --dtype bfloat16
+    python benchmarks/attention.py --device cuda --dtype bfloat16 --lengths 32768,131072
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ PATTERNS: list[tuple[Pattern, int]] = [
     (SCCA(1_024, flow=4), 8_192),
     (LongMixed(1_024), 8_192),
 ]
-PRODUCT = 2_048
+PRODUCT, CUDA_PRODUCT = 2_048, 8_192
 _FORWARD, _BACKWARD = 4, 10
 
 
@@ -95,12 +96,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         read = cost(pattern, length=length, heads=heads, width=width)
         row = Row(str(pattern), length, read.pairs, read.share)
         row.planned = _seconds(
-            lambda p=pattern, n=length: plan(p, length=n, heads=heads, width=width), device
+            lambda p=pattern, n=length: plan(
+                p, length=n, heads=heads, width=width, dtype=options.dtype, device=device.type
+            ),
+            device,
         )
         rows.append((row, partial(attend, pattern=pattern)))
 
     product: list[float] = []
-    factors = torch.randn(2, PRODUCT, PRODUCT, device=device)
+    on_cuda = device.type == "cuda"
+    size, factor_dtype = (CUDA_PRODUCT, dtype) if on_cuda else (PRODUCT, torch.float32)
+    factors = torch.randn(2, size, size, device=device, dtype=factor_dtype)
     # The first round warms up and is not kept.
     for repeat in range(options.repeats + 1):
         product.append(_seconds(lambda: factors[0] @ factors[1], device))
@@ -111,8 +117,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for times in (product, *(side for row, _ in rows for side in (row.forward, row.backward))):
         del times[:1]
 
-    rate = 2 * PRODUCT**3 / statistics.median(product)
-    report = _report([row for row, _ in rows], rate, options)
+    yardstick = f"{str(factor_dtype).removeprefix('torch.')} matrix product of {size:,} x {size:,} x {size:,}"
+    rate = 2 * size**3 / statistics.median(product)
+    report = _report([row for row, _ in rows], yardstick, rate, options)
     print(_table(report))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +179,7 @@ def _seconds(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def _report(rows: Sequence[Row], rate: float, options: argparse.Namespace) -> dict[str, Any]:
+def _report(rows: Sequence[Row], yardstick: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
     """Return all figures: rates as shares of the matrix product's, gains in time over dense attention."""
     dense = {row.length: row for row in rows if row.name.startswith("dense")}
     measured = []
@@ -181,10 +188,11 @@ def _report(rows: Sequence[Row], rate: float, options: argparse.Namespace) -> di
         if not row.refused:
             for side, work in (("forward", _FORWARD), ("backward", _BACKWARD)):
                 times, beside = getattr(row, side), getattr(dense[row.length], side)
+                entry[f"{side}_flops_per_second"] = row.rate(times, work, options.width)
                 entry[f"{side}_of_product"] = row.rate(times, work, options.width) / rate
                 entry[f"{side}_gain"] = statistics.median(beside) / statistics.median(times)
         measured.append(entry)
-    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else _processor()
+    machine = _accelerator() if options.device.startswith("cuda") else _processor()
     return {
         "machine": machine,
         "threads": torch.get_num_threads(),
@@ -195,9 +203,16 @@ def _report(rows: Sequence[Row], rate: float, options: argparse.Namespace) -> di
         "heads": options.heads,
         "width": options.width,
         "repeats": options.repeats,
+        "product": yardstick,
         "product_flops_per_second": rate,
         "rows": measured,
     }
+
+
+def _accelerator() -> str:
+    """Return the name and size of the CUDA device, and what drives it."""
+    facts = torch.cuda.get_device_properties()
+    return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
 
 
 def _processor() -> str:
@@ -218,9 +233,11 @@ def _table(report: dict[str, Any]) -> str:
         "pairs",
         "plan ms",
         "forward ms",
+        "TFLOP/s",
         "of product",
         "gain",
         "backward ms",
+        "TFLOP/s",
         "of product",
         "gain",
     )
@@ -228,11 +245,12 @@ def _table(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         line = [row["name"], f"{row['length']:,}", f"{row['share']:.1%}", f"{1000 * row['planned']:.0f}"]
         if row["refused"]:
-            lines.append((*line, *["refused", "", ""] * 2))
+            lines.append((*line, *["refused", "", "", ""] * 2))
             continue
         for side in ("forward", "backward"):
             line += [
                 f"{1000 * statistics.median(row[side]):,.1f}",
+                f"{row[f'{side}_flops_per_second'] / 1e12:,.3g}",
                 f"{row[f'{side}_of_product']:.2f}",
                 f"{row[f'{side}_gain']:.1f} x",
             ]
@@ -242,7 +260,7 @@ def _table(report: dict[str, Any]) -> str:
         f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
         f"{report['heads']} heads of width {report['width']}, medians of {report['repeats']}"
     )
-    product = f"float32 matrix product: {report['product_flops_per_second'] / 1e9:,.1f} GFLOP/s"
+    product = f"{report['product']}: {report['product_flops_per_second'] / 1e12:,.3g} TFLOP/s"
     table = [
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
         for line in lines

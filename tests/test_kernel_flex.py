@@ -262,3 +262,13 @@ def test_cuda_queries_stand_where_they_are_said_to(named: str, pattern: Pattern)
 def test_cuda_shares_key_heads(pattern: Pattern, heads: tuple[int, int]):
     given = tensors(300, 300, torch.float32, torch.device("cuda"), heads=heads[0], key_heads=heads[1])
     check(pattern, given, "flex")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_makes_nothing_of_the_size_of_the_square():
+    length = 16_384
+    leaves = [torch.randn(1, 4, length, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attend(*leaves, LongMixed(512), kernel="flex").sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < length * length * 4 / 2

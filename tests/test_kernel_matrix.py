@@ -19,8 +19,8 @@ from strategies import LENGTHS
 import longspan.pattern
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
-from longspan.kernel import plan as plan_module
 from longspan.kernel import flex, sdpa
+from longspan.kernel import plan as plan_module
 from longspan.kernel.merge import merge
 from longspan.kernel.parts import parts
 from longspan.kernel.plan import KERNELS
