@@ -36,7 +36,6 @@ bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json out/attention.json
 
 # Compilers warn of their own doings, so warnings are no errors there.
-# Compilers warn of their own doings, so warnings are no errors there.
 gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("There is no CUDA device here, so nothing was run. On a machine with one, install a CUDA build of torch into .venv.")'
 	$(BIN)/python -m pytest tests -k cuda -W default

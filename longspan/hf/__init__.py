@@ -18,19 +18,25 @@ except ModuleNotFoundError as error:
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.cache import PatternCache
 from longspan.hf.causality import Causality, Leak, check_causality
-from longspan.hf.config import extended, rope_parameters, write_config
+from longspan.hf.config import extended, rope_parameters, with_frequency, write_config
 from longspan.hf.model import load_config, load_model
+from longspan.hf.rope import from_config, to_config
+from longspan.hf.stream import StreamCache
 
 __all__ = [
     "Causality",
     "Leak",
     "PatternCache",
+    "StreamCache",
     "check_causality",
     "extended",
+    "from_config",
     "load_config",
     "load_model",
     "reset",
     "rope_parameters",
     "set_pattern",
+    "to_config",
+    "with_frequency",
     "write_config",
 ]

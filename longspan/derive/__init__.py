@@ -1,0 +1,1 @@
+"""What follows from a pattern: free functions, a pattern in, a fact out."""
