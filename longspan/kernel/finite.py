@@ -51,10 +51,10 @@ def contained(
     sides = _Enter.apply(query, key, value, record)
     output, lse = act(*sides)
     if not output.sum().isfinite():
-        rows, keys = _spoiled(query), _spoiled(key) | _spoiled(value)
+        rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if rows.any() or keys.any():
-            cleared = (_cleared(side, where) for side, where in zip(sides, (rows, keys, keys), strict=True))
-            output, lse = act(*cleared)
+            finite = (cleared(side, where) for side, where in zip(sides, (rows, keys, keys), strict=True))
+            output, lse = act(*finite)
             record.struck = (rows | _readers(keys, query, plain)) & ~lse.isneginf()
     record.silent = lse.isneginf()
     return _Leave.apply(output, lse, record)
@@ -105,21 +105,22 @@ class _Leave(torch.autograd.Function):
         record.rows = None
         if record.struck is None and (grad_output.sum() + grad_lse.sum()).isfinite():
             return grad_output, grad_lse, None
-        rows = (_spoiled(grad_output) | ~grad_lse.isfinite()) & ~record.silent
+        rows = (spoiled(grad_output) | ~grad_lse.isfinite()) & ~record.silent
         rows = rows if record.struck is None else rows | record.struck
         if rows.any():
             record.rows = rows
         # A row that read nothing may be sent anything.
         rows = rows | record.silent
-        return _cleared(grad_output, rows), grad_lse.masked_fill(rows, 0.0), None
+        return cleared(grad_output, rows), grad_lse.masked_fill(rows, 0.0), None
 
 
-def _spoiled(side: Tensor) -> Tensor:
+def spoiled(side: Tensor) -> Tensor:
     """Say which rows of a tensor hold NaN or infinity."""
     return ~side.isfinite().all(dim=-1)
 
 
-def _cleared(side: Tensor, rows: Tensor) -> Tensor:
+def cleared(side: Tensor, rows: Tensor) -> Tensor:
+    """Return a tensor with some of its rows 0."""
     return side.masked_fill(rows.unsqueeze(-1), 0.0)
 
 

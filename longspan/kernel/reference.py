@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.derive.mask import counts
+from longspan.kernel.finite import spoiled
 from longspan.pattern import Pattern
 from longspan.score import Scores
 
@@ -37,7 +38,7 @@ def attend(
     exact = torch.promote_types(dtype, torch.float32)
     query, key, value = (side.to(exact) for side in (query, key, value))
     # What is no number is told to the pairs it belongs to, and is kept out of sums over other pairs.
-    spoiled = _spoiled(query).unsqueeze(-1) | (_spoiled(key) | _spoiled(value)).unsqueeze(-2)
+    no_number = spoiled(query).unsqueeze(-1) | (spoiled(key) | spoiled(value)).unsqueeze(-2)
     query, key, value = (side.nan_to_num(0.0, 0.0, 0.0) for side in (query, key, value))
     scores = (query @ key.transpose(-1, -2)) * scale
     if changes.limit is not None:
@@ -45,7 +46,7 @@ def attend(
     if changes.slopes is not None:
         slopes = torch.tensor(changes.slopes, dtype=exact, device=query.device)
         scores = scores - slopes[:, None, None] * _distance(queries, key.shape[2]).to(scores)
-    scores = scores + torch.zeros_like(scores).masked_fill(spoiled, torch.nan)
+    scores = scores + torch.zeros_like(scores).masked_fill(no_number, torch.nan)
     scores = (scores + often.to(exact).log()).masked_fill(often == 0, -torch.inf)
     if changes.sinks is not None:
         # A sink is a key that every query reads, with a score of its own and value 0.
@@ -75,7 +76,7 @@ class _Weighed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         weights, value, unread = ctx.saved_tensors
-        rows = _spoiled(grad) | ~grad_lse.isfinite()
+        rows = spoiled(grad) | ~grad_lse.isfinite()
         struck = (rows.unsqueeze(-1) & ~unread).any(dim=-2)
         into_weights = grad.masked_fill(rows.unsqueeze(-1), torch.nan) @ value.transpose(-1, -2)
         into_value = weights.transpose(-1, -2) @ grad.masked_fill(rows.unsqueeze(-1), 0.0)
@@ -85,8 +86,3 @@ class _Weighed(torch.autograd.Function):
 
 def _distance(queries: range, keys: int) -> Tensor:
     return (torch.tensor(queries, dtype=torch.int64)[:, None] - torch.arange(keys)).abs()
-
-
-def _spoiled(side: Tensor) -> Tensor:
-    """Say which rows of a tensor hold NaN or infinity."""
-    return ~side.isfinite().all(dim=-1)

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks, Side
+from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks
 from longspan.derive.tiling import Tile
-from longspan.pattern import Progression
 
 # Blocks that one run with a mask may span; wider ones are cut into a masked edge and an interior without mask.
 WIDEST = 48
@@ -185,7 +184,7 @@ def _masks(
     """Return an array that is equal for two masked runs of one shape just where their masks are equal."""
     chosen = np.flatnonzero(masked)
     sides = (
-        _places(side, index[chosen], count[chosen])
+        side.span(index[chosen], np.int64(0), count[chosen])
         for side, index, count in (
             (tile.blocks.query_side, query, rows),
             (tile.blocks.key_side, key, columns),
@@ -204,13 +203,6 @@ def _masks(
     found = np.full(len(query), -1)
     found[chosen] = content[alike.ravel()]
     return found
-
-
-def _places(side: Side, first: np.ndarray, count: np.ndarray) -> Progression:
-    """Return the positions of `count` places from an index of the side on, as progressions."""
-    low = side.positions.start + first * side.positions.step
-    step = side.positions.step * side.step
-    return Progression(low, low + (count - 1) * step, np.where(count > 1, step, 0))
 
 
 def _packed(tile: Tile, query: int, key: int, rows: int, columns: int) -> bytes:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from longspan.kernel.bias import Bias, bias, shift, size
 from longspan.kernel.calls import Call, HeadGroup, calls
+from longspan.kernel.finite import cleared, spoiled
 from longspan.kernel.merge import merge_into
 from longspan.kernel.parts import Part
 from longspan.score import Scores
@@ -157,10 +158,10 @@ def _contained(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[T
     output, lse = _merged(query, key, value, work)
     if output.sum().isfinite():
         return output, lse
-    rows, keys = _spoiled(query), _spoiled(key) | _spoiled(value)
+    rows, keys = spoiled(query), spoiled(key) | spoiled(value)
     if not (rows.any() or keys.any()):
         return output, lse
-    output, lse = _merged(_cleared(query, rows), _cleared(key, keys), _cleared(value, keys), work)
+    output, lse = _merged(cleared(query, rows), cleared(key, keys), cleared(value, keys), work)
     struck = (rows | _readers(keys, query, work)) & ~lse.isneginf()
     return output.masked_fill_(struck.unsqueeze(-1), torch.nan), lse.masked_fill_(struck, torch.nan)
 
@@ -173,28 +174,19 @@ def _contained_gradients(
     grads = _accumulated(*sides, lse, work)
     if all(grad.sum().isfinite() for grad in grads):
         return grads
-    keys = _spoiled(key) | _spoiled(value)
-    rows = _spoiled(query) | _spoiled(grad_output) | _spoiled(output) | ~lse.isfinite()
+    keys = spoiled(key) | spoiled(value)
+    rows = spoiled(query) | spoiled(grad_output) | spoiled(output) | ~lse.isfinite()
     if not (rows.any() or keys.any()):
         return grads
     rows |= _readers(keys, query, work)
-    spoiled = (rows, keys, keys, rows, rows)
-    cleared = (_cleared(side, where) for side, where in zip(sides, spoiled, strict=True))
-    grads = _accumulated(*cleared, lse.masked_fill(rows, 0.0), work)
+    taken_out = (rows, keys, keys, rows, rows)
+    finite = (cleared(side, where) for side, where in zip(sides, taken_out, strict=True))
+    grads = _accumulated(*finite, lse.masked_fill(rows, 0.0), work)
     struck = _read(rows, key, work)
     rows &= _readers(torch.ones_like(keys), query, work)
     for grad, where in zip(grads, (rows, struck, struck), strict=True):
         grad.masked_fill_(where.unsqueeze(-1), torch.nan)
     return grads
-
-
-def _spoiled(side: Tensor) -> Tensor:
-    """Say which rows of a tensor hold NaN or infinity."""
-    return ~side.isfinite().all(dim=-1)
-
-
-def _cleared(side: Tensor, rows: Tensor) -> Tensor:
-    return side.masked_fill(rows.unsqueeze(-1), 0.0)
 
 
 def _readers(keys: Tensor, query: Tensor, work: Work) -> Tensor:
