@@ -32,6 +32,7 @@ def command(
     from longspan.evaluate.table import table
     from longspan.extend import extension
     from longspan.extend.recipe import Recipe
+    from longspan.extend.stretch import stretched
     from longspan.hf.model import load_model
     from longspan.text.documents import documents, split
     from longspan.text.encoding import encode
@@ -41,7 +42,7 @@ def command(
     check_output(picture, (".png",))
     recipe = Recipe()
     held = split(documents())[1]
-    longer = extension.stretched(recipe)
+    longer = stretched(recipe)
     evaluations: list[Evaluation] = []
 
     with Progress() as progress:

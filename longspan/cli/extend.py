@@ -46,7 +46,12 @@ def command(
     ] = None,
     rope: Annotated[
         str | None,
-        typer.Option(metavar="linear|ntk|yarn", help="How positions are stretched.", show_default="yarn"),
+        typer.Option(
+            metavar="NAME",
+            help="How positions are stretched: linear, ntk, yarn, llama3; longrope (factors searched on the text); "
+            'a file of factors; or a frequency such as "YaRN(8, original=4096)".',
+            show_default="yarn",
+        ),
     ] = None,
     margin: Annotated[
         float | None,
@@ -118,8 +123,9 @@ def command(
     activations: Annotated[
         str | None,
         typer.Option(
-            metavar="kept|recomputed",
-            help="Recomputing them on the way back (gradient checkpointing) takes far less memory.",
+            metavar="kept|recomputed|offloaded",
+            help="Recomputing them on the way back (gradient checkpointing) takes far less memory; so does moving "
+            "them from a CUDA device to the CPU's memory.",
             show_default="kept",
         ),
     ] = None,
@@ -250,7 +256,7 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
 def described(recipe: Any) -> str:
     """Return one line that says what a recipe does."""
     model, text = recipe.model or "the default model", recipe.text or "the standard library"
-    parts = [recipe.rope, "; ".join(recipe.patterns(recipe.window))]
+    parts = [recipe.rope.partition("(")[0], "; ".join(recipe.patterns(recipe.window))]
     if recipe.method != "lora+":
         parts.append(recipe.method)
     if recipe.stages > 1:

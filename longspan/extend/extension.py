@@ -9,17 +9,19 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from longspan.errors import InputError, message
 from longspan.extend import state as states
+from longspan.extend.activations import check_activations
 from longspan.extend.adapter import adapt, causal_model, check_method, merge
 from longspan.extend.folder import OutputFolder
 from longspan.extend.forecast import Forecast, Machine
 from longspan.extend.recipe import Recipe
+from longspan.extend.stretch import SEARCHED, found, settled, stretched
 from longspan.extend.training import KEPT, Progress, bfloat16_is_fast, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
-from longspan.hf.config import extended
 from longspan.hf.model import load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.text.documents import documents, split
@@ -76,13 +78,14 @@ def extend(
     first = rank() == 0
     if first:
         folder.check()
-    prepared = _Prepared(recipe, device)
+    prepared = _Prepared(recipe, device, progress)
     if note is not None:
         for line in prepared.forecast.lines():
             note(line)
     if first:
         folder.require(prepared.written())
-        folder.begin(recipe)
+        # Factors that were searched or read from a file are in this recipe, so going on needs neither.
+        folder.begin(prepared.recipe)
     return prepared.run(folder, None, progress)
 
 
@@ -100,16 +103,6 @@ def resume(output: str | Path, *, device: Any = "cpu", progress: Reporter | None
         states.sweep(folder.training)
         folder.require(prepared.written(kept=0))
     return prepared.run(folder, state, progress)
-
-
-def stretched(recipe: Recipe) -> PretrainedConfig:
-    """Return the configuration of a recipe's model, with positions stretched to its length and the margin.
-
-    Raises:
-        InputError: the model cannot be stretched so.
-    """
-    config = load_config(recipe.model)
-    return extended(config, method=recipe.rope, length=recipe.length, margin=recipe.margin)
 
 
 def rank() -> int:
@@ -130,23 +123,45 @@ def _machine(device: torch.device) -> Machine:
     return Machine(ranks(), psutil.virtual_memory().available, 0.0, dtype)
 
 
+def _check_alone() -> None:
+    """Refuse a search by several processes, which might find different factors."""
+    if ranks() > 1:
+        raise InputError(
+            message(
+                "Factors are searched by one process.",
+                {"asked": f"rope {SEARCHED} on {ranks()} processes"},
+                fix="longspan extend on one device first; then --rope with the rope in its recipe.yaml",
+            )
+        )
+
+
 class _Prepared:
     """A recipe whose model, text and pattern have been found to fit together."""
 
-    def __init__(self, recipe: Recipe, device: Any) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, device: Any, progress: Reporter | None = None) -> None:
         check_method(recipe.method)
+        check_activations(recipe.activations, torch.device(device))
+        recipe = settled(recipe)
         patterns = [[parse(text) for text in recipe.patterns(window)] for window in recipe.windows]
-        self.config = config = stretched(recipe)
-        # Every head must be able to read by the pattern; patterns for attention have no dropout.
+        searching = recipe.rope == SEARCHED
+        if searching:
+            _check_alone()
+        config = load_config(recipe.model) if searching else stretched(recipe)
+        # Every head must be able to read by the pattern.
         for pattern in {part for stage in patterns for part in stage}:
             pattern.at_head(0, config.num_attention_heads)
-        config.attention_dropout = 0.0
         self.forecast = Forecast(config, recipe, _machine(torch.device(device)))
         self.forecast.require()
         training, _ = split(documents(recipe.text, column=recipe.column))
         if ranks() > 1 and torch.device(device).type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if searching:
+            step = progress and progress("searching factors", 0)
+            recipe = found(recipe, training, device=device, progress=step)
+            config = stretched(recipe)
+        # Patterns for attention have no dropout.
+        config.attention_dropout = 0.0
+        self.recipe, self.config = recipe, config
         self.model, self.tokenizer = load_model(recipe.model, config=config, device=device)
         corpus = encode(training, self.tokenizer)
         corpus.require(recipe.window, name="the text to train on")

@@ -22,6 +22,8 @@ from longspan.pattern import Causal, parse
 _PROBE = "longspan_probe"
 # Logits of a chunk, their softmax, and the gradient of them.
 _COPIES_OF_LOGITS = 3
+# Frequencies that transformers chooses anew by the length of each text.
+_BY_LENGTH = ("longrope", "dynamic")
 # Weights of 4 bits, with the scales of their blocks.
 _QUANTIZED = 0.53
 
@@ -83,6 +85,12 @@ def training_memory(
         (True, True)
     """
     config = copy.deepcopy(config)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in _BY_LENGTH:
+        # They look at the numbers of positions, and there are none; what is kept is the same.
+        config.rope_parameters = {
+            key: value for key, value in rope.items() if key in ("rope_theta", "partial_rotary_factor")
+        } | {"rope_type": "default"}
     with init_empty_weights(include_buffers=False), quiet():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE, dtype=torch.float32)
     # Weights were put in one by one, which parts those that are shared.
@@ -157,7 +165,8 @@ def _kept(adapted: nn.Module, recipe: Recipe) -> int:
     layers = model.config.get_text_config().num_hidden_layers
     if recipe.activations == "recomputed":
         return layers * width + whole // layers
-    return whole
+    # What is offloaded is here only while its layer runs.
+    return whole // layers if recipe.activations == "offloaded" else whole
 
 
 class _Attention(torch.autograd.Function):

@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from longspan.errors import InputError, message
+from longspan.frequency import Frequency
 
 METHODS = ("full", "lora", "lora+", "qlora")
 # LongLoRA's rate (arXiv 2309.12307, section 4.1) where every weight is trained, ours where few are.
@@ -18,7 +19,7 @@ _RATE = 1.5e-3
 _CHOICES = {
     "method": METHODS,
     "documents": ("joined", "packed"),
-    "activations": ("kept", "recomputed"),
+    "activations": ("kept", "recomputed", "offloaded"),
     "loss": ("chunked", "whole"),
 }
 _LEAST = {
@@ -43,7 +44,9 @@ class Recipe:
         text: file, folder or dataset id to train on; None is the standard library of this Python.
         column: column of a dataset that holds the text; None finds it.
         length: tokens the model shall read.
-        rope: how positions are stretched, see `longspan.hf.config.extended`.
+        rope: how positions are stretched: "linear", "ntk", "yarn" or "llama3", see `longspan.hf.config.extended`;
+            "longrope", with factors searched on the text; a file of factors, see `longspan.extend.stretch.settled`; or
+            any frequency of `longspan.frequency`, itself or as text, which says its stretch and needs no margin.
         margin: how much further positions are stretched than the lengths ask for, see
             `longspan.hf.config.rope_parameters`.
         pattern: what each query reads while training, an expression; the result reads densely. `{1/4}` stands for a
@@ -62,7 +65,8 @@ class Recipe:
         rank: rank of the LoRA matrices.
         repeats: share of windows in which segments recur.
         passkeys: share of windows that hide a passkey in their text; the rest is text alone.
-        activations: "kept" for the way back, or "recomputed" on it, layer by layer: a third more time, far less memory.
+        activations: "kept" for the way back; "recomputed" on it, layer by layer: a third more time, far less memory;
+            or "offloaded" to the CPU's memory from a CUDA device.
         loss: "chunked": logits of few tokens at a time; "whole": of all, as the model does it.
         seed: of all random choices.
 
@@ -104,6 +108,8 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.rope, Frequency):
+            object.__setattr__(self, "rope", str(self.rope))
         for field in fields(self):
             _check_type(field.name, str(field.type), getattr(self, field.name))
         if self.rate is None:

@@ -27,6 +27,7 @@ from transformers import (
 
 from longspan.errors import InputError, message
 from longspan.extend import state as states
+from longspan.extend.activations import kept
 from longspan.extend.adapter import causal_model
 from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
@@ -40,9 +41,9 @@ KEPT = 2
 
 
 class Progress(Protocol):
-    """Called after every step with the tokens done, the tokens in all, and the loss."""
+    """Called after every step with the tokens done, the tokens in all, and the loss where there is one."""
 
-    def __call__(self, done: int, total: int, *, loss: float) -> None: ...
+    def __call__(self, done: int, total: int, *, loss: float = ...) -> None: ...
 
 
 def train(
@@ -99,7 +100,7 @@ def train(
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu,
         # Experts may be left out of a step; what LoRA trains never is.
-        ddp_find_unused_parameters=recipe.method == "full" and recipe.activations == "kept",
+        ddp_find_unused_parameters=recipe.method == "full" and recipe.activations != "recomputed",
     )
     causal = causal_model(model)
     stop = _Stop()
@@ -109,7 +110,7 @@ def train(
         warnings.catch_warnings(),
         quiet(),
         _interrupts(stop),
-        _recomputed(causal) if recipe.activations == "recomputed" else nullcontext(),
+        kept(causal, recipe.activations),
         chunked(causal) if recipe.loss == "chunked" else nullcontext(),
     ):
         # peft and the loader of states still use names that torch and transformers have renamed.
@@ -260,19 +261,6 @@ class _Keeping(TrainerCallback):
                 fix=f"make room, then longspan extend --resume --output {self.folder.parent}",
             )
         )
-
-
-@contextmanager
-def _recomputed(model: Any) -> Iterator[None]:
-    """Let every layer compute its activations again on the way back, for as long as a block runs."""
-    # transformers has renamed these.
-    new = hasattr(model, "activation_checkpointing_enable")
-    kind = "activation" if new else "gradient"
-    getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def bfloat16_is_fast(on_cpu: bool) -> bool:
