@@ -16,6 +16,7 @@ from longspan.extend.adapter import adapt
 from longspan.extend.forecast import Forecast, Machine, advice
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import METHODS, Recipe
+from longspan.extend.training import bfloat16_is_fast
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -101,7 +102,7 @@ torch.set_num_threads(1)
 from longspan.extend.adapter import adapt
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import Recipe
-from longspan.extend.training import train
+from longspan.extend.training import bfloat16_is_fast, train
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.model import load_model
 from longspan.text.corpus import Corpus
@@ -109,19 +110,21 @@ from longspan.text.corpus import Corpus
 def held(what):
     return 1024 * int(re.search(what + r":\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
+dtype = torch.bfloat16 if bfloat16_is_fast(on_cpu=True) else torch.float32
 corpus = Corpus.from_ids([list(range(1, 200)) * 50], separator=256)
 for length in (64, 768, 1024, 1536):
     model, tokenizer = load_model(None)
     recipe = Recipe(length=length, steps=2, passkeys=0.0)
     windows = TrainingWindows(corpus, tokenizer, recipe, heads=4)
-    memory = training_memory(model.config, recipe)
+    memory = training_memory(model.config, recipe, dtype=dtype)
     model = adapt(model, rank=recipe.rank)
+    there = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     gc.collect()
     # The mark of the highest memory begins anew.
     Path("/proc/self/clear_refs").write_text("5")
     before = held("VmRSS")
     train(model, windows, recipe, folder=Path(tempfile.mkdtemp()))
-    print(held("VmHWM") - before, memory.total - memory.weights)
+    print(held("VmHWM") - before, memory.total - there)
     del model
     gc.collect()
 """
@@ -131,7 +134,10 @@ for length in (64, 768, 1024, 1536):
     not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak anew"
 )
 def test_the_estimate_is_the_peak_within_15_percent():
-    """Of the default model at three lengths, after a first one that brings in what libraries load late."""
+    """Of the default model at three lengths, after a first one that brings in what libraries load late.
+
+    Where the processor multiplies in bfloat16, training does, and what kernels keep beside is not known: a quarter.
+    """
     # Freed memory goes back at once, so what is measured is what is needed.
     frugal = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
     command = [sys.executable, "-c", PEAKS]
@@ -139,7 +145,7 @@ def test_the_estimate_is_the_peak_within_15_percent():
     pairs = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(pairs) == 4
     for peak, estimate in pairs[1:]:
-        assert estimate == pytest.approx(peak, rel=0.15)
+        assert estimate == pytest.approx(peak, rel=0.25 if bfloat16_is_fast(on_cpu=True) else 0.15)
 
 
 def test_it_prints_a_plan(run):
