@@ -6,7 +6,7 @@ other in the tensors of the rank. Its *places* count along those tensors from 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,12 +79,62 @@ class Layout:
             )
         )
 
+    def within(self, tokens: range | np.ndarray) -> Layout:
+        """Return where some tokens of the text lie, which are counted from 0 on: a document, or all but padding.
+
+        Law: `layout.within(tokens).positions(rank)` are the places in `tokens` of those that the rank holds, in the
+        order of the rank.
+
+        Args:
+            tokens: positions of the text, ascending.
+
+        Example:
+            >>> zigzag(10, ranks=2).within(range(1, 9)).shards
+            ((range(0, 1), range(6, 8)), (range(1, 4), range(4, 6)))
+        """
+        if isinstance(tokens, range) and tokens.step == 1:
+            shards = tuple(
+                _held(*(_between(piece, tokens) for piece in shard)) for shard in self.shards
+            )
+        else:
+            shards = tuple(
+                tuple(even for piece in shard for even in _even(_found(piece, np.asarray(tokens))))
+                for shard in self.shards
+            )
+        return Layout(self.name, len(tokens), shards)
+
     def __str__(self) -> str:
         return f"{self.name}, {self.length:,} tokens on {self.ranks:,} ranks"
 
 
 def _positions(pieces: Iterable[range]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(piece) for piece in pieces)])
+
+
+def _between(piece: range, tokens: range) -> range:
+    """Return the positions of a piece that lie in a stretch of tokens, counted from its beginning."""
+    first = max(0, -((piece.start - tokens.start) // piece.step))
+    last = max(first, -((piece.start - tokens.stop) // piece.step))
+    cut = piece[first:last]
+    return range(cut.start - tokens.start, cut.stop - tokens.start, cut.step)
+
+
+def _found(piece: range, tokens: np.ndarray) -> np.ndarray:
+    """Return the places in `tokens` of those that lie in a piece."""
+    near = np.flatnonzero((tokens >= piece.start) & (tokens < piece.stop))
+    return near[(tokens[near] - piece.start) % piece.step == 0]
+
+
+def _even(numbers: np.ndarray) -> Iterator[range]:
+    """Cut ascending numbers into progressions."""
+    apart = np.diff(numbers)
+    first = 0
+    while first < len(numbers):
+        step = int(apart[first]) if first < len(apart) else 1
+        uneven = np.flatnonzero(apart[first:] != step)
+        last = first + int(uneven[0]) if len(uneven) else len(numbers) - 1
+        yield range(int(numbers[first]), int(numbers[last]) + 1, step)
+        first = last + 1
 
 
 def contiguous(length: int, ranks: int) -> Layout:

@@ -103,6 +103,15 @@ class Scores:
     slopes: tuple[float, ...] | None = None
     sinks: Tensor | None = None
 
+    def of(self, heads: range) -> list[Score]:
+        """Return the changes of some heads, as they are given."""
+        made: list[Score] = [] if self.limit is None else [SoftCap(self.limit)]
+        if self.slopes is not None:
+            made.append(ALiBi(tuple(self.slopes[head] for head in heads)))
+        if self.sinks is not None:
+            made.append(Sinks(self.sinks[heads.start : heads.stop : heads.step]))
+        return made
+
 
 def collect(given: Score | Sequence[Score], heads: int) -> Scores:
     """Return the changes given, each kind at most once, fit for a number of heads, or raise ShapeError."""

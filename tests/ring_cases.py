@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from test_kernel_matrix import PATTERNS
 
-from longspan import Causal, PerHead, SlidingWindow, attend, ring
+from longspan import Causal, PerHead, SlidingWindow, Streaming, Window, attend, ring
 from longspan.layout import Layout, contiguous, striped, zigzag
 from longspan.pattern import Pattern
 from longspan.ring.plan import settled
+from longspan.score import ALiBi, Score, Sinks, SoftCap
 
 LAYOUTS = (contiguous, zigzag, striped)
 # Blocks so small that a short text has many.
@@ -30,6 +31,7 @@ class Case:
     Attributes:
         heads: query heads and key heads.
         widths: of keys and values.
+        changed: names of what changes scores.
     """
 
     pattern: Pattern
@@ -38,6 +40,13 @@ class Case:
     heads: tuple[int, int] = (4, 2)
     widths: tuple[int, int] = (8, 8)
     batch: int = 2
+    changed: tuple[str, ...] = ()
+
+    def scores(self) -> list[Score]:
+        """Return what changes the scores; logits of sinks want a gradient."""
+        logits = torch.linspace(-1, 2, self.heads[0], dtype=torch.float64).requires_grad_()
+        known = {"alibi": ALiBi(), "cap": SoftCap(1.5), "sinks": Sinks(logits)}
+        return [known[name] for name in self.changed]
 
     def tensors(self) -> list[torch.Tensor]:
         """Return query, key, value and the gradient of the output, of the whole text."""
@@ -60,7 +69,9 @@ class Case:
         """Return output and gradients of one process, by the definition in float64."""
         *given, into = (side.double() for side in self.tensors())
         leaves = [side.requires_grad_() for side in given]
-        output = attend(*leaves, self.pattern, kernel="reference")
+        scores = self.scores()
+        output = attend(*leaves, self.pattern, scores=scores, kernel="reference")
+        leaves += [score.logits for score in scores if isinstance(score, Sinks)]
         return [output.detach(), *torch.autograd.grad(output, leaves, into)]
 
 
@@ -75,7 +86,16 @@ OTHERS = [
         (129, torch.float32, (6, 3), (8, 8), 1),
     )
 ]
-CASES = EVERY + OTHERS
+SCORED = [
+    Case(pattern, 61, torch.float64, changed=changed)
+    for pattern, changed in (
+        (Streaming(9, sinks=2), ("alibi", "sinks")),
+        (~Window(5), ("alibi",)),
+        (Causal() & Window(12), ("cap", "sinks")),
+        (PerHead([Causal(), SlidingWindow(20)]), ("alibi", "cap")),
+    )
+]
+CASES = EVERY + OTHERS + SCORED
 
 
 def compare(rank: int, truths: Path) -> list[str]:
@@ -103,15 +123,19 @@ def faults(
     at = torch.from_numpy(layout.positions(rank))
     *given, into = (side[:, :, at] for side in case.tensors())
     leaves = [side.requires_grad_() for side in given]
+    scores = case.scores()
+    leaves += [score.logits for score in scores if isinstance(score, Sinks)]
     with sending() as forward:
-        output = ring.attend(*leaves, case.pattern, layout=layout, strategy=strategy)
+        output = ring.attend(*leaves[:3], case.pattern, layout=layout, strategy=strategy, scores=scores)
     with sending() as backward:
         gradients = torch.autograd.grad(output, leaves, into)
+    for gradient in gradients[3:]:
+        dist.all_reduce(gradient)
     tolerance = 1e-12 if case.dtype == torch.float64 else 1e-6
     for name, got, whole in zip(
-        ("output", "query", "key", "value"), (output, *gradients), truth, strict=True
+        ("output", "query", "key", "value", "sinks")[: len(truth)], (output, *gradients), truth, strict=True
     ):
-        right = whole[:, :, at]
+        right = whole[:, :, at] if whole.dim() == 4 else whole
         # Relative to the largest number of the whole, as sums over many keys are rounded to.
         allowed = tolerance * max(1.0, whole.abs().max().item())
         off = (got - right).abs().max().item() if right.numel() else 0.0

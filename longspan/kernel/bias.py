@@ -93,14 +93,22 @@ def size(part: Part, slopes: Slopes) -> int:
 
 
 def shift(
-    call: Call, nearest: Tensor, slopes: tuple[float, ...], queries: range, dtype: torch.dtype
+    call: Call,
+    nearest: Tensor,
+    slopes: tuple[float, ...],
+    positions: tuple[range, tuple[int, int]],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Return `-slope * distance` of the nearest key of each row, `[heads, rectangles, rows]`."""
+    """Return `-slope * distance` of the nearest key of each row, `[heads, rectangles, rows]`.
+
+    Positions are those of the queries, and of the first key and how far apart keys are.
+    """
+    queries, (first, apart) = positions
     query, key = call.part.query, call.part.key
     rectangle = torch.arange(call.inner.start, call.inner.stop)[:, None]
     place = query.start + call.outer * query.outer + rectangle * query.inner
     q = queries.start + queries.step * (place + query.step * torch.arange(query.places))
-    k = key.start + call.outer * key.outer + rectangle * key.inner + key.step * nearest
+    k = first + apart * (key.start + call.outer * key.outer + rectangle * key.inner + key.step * nearest)
     own = torch.tensor([slopes[head] for head in call.heads], dtype=torch.float64)
     return (-own[:, None, None] * (q - k).abs()).to(dtype)
 

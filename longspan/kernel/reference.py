@@ -29,12 +29,17 @@ def attend(
     queries: range,
     scale: float,
     changes: Scores,
+    keys: range | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp: softmax over the scores plus the logarithm of each pair's count."""
+    """Return output and log-sum-exp: softmax over the scores plus the logarithm of each pair's count.
+
+    Keys are at positions `keys`, None for those from 0 on.
+    """
     heads, dtype = query.shape[1], query.dtype
     group = heads // key.shape[1]
     key, value = (side.repeat_interleave(group, dim=1) for side in (key, value))
-    often = counts(pattern, queries=queries, keys=range(key.shape[2]), heads=heads).to(query.device)
+    keys = range(key.shape[2]) if keys is None else keys
+    often = counts(pattern, queries=queries, keys=keys, heads=heads).to(query.device)
     exact = torch.promote_types(dtype, torch.float32)
     query, key, value = (side.to(exact) for side in (query, key, value))
     # What is no number is told to the pairs it belongs to, and is kept out of sums over other pairs.
@@ -45,7 +50,7 @@ def attend(
         scores = changes.limit * torch.tanh(scores / changes.limit)
     if changes.slopes is not None:
         slopes = torch.tensor(changes.slopes, dtype=exact, device=query.device)
-        scores = scores - slopes[:, None, None] * _distance(queries, key.shape[2]).to(scores)
+        scores = scores - slopes[:, None, None] * _distance(queries, keys).to(scores)
     scores = scores + torch.zeros_like(scores).masked_fill(no_number, torch.nan)
     scores = (scores + often.to(exact).log()).masked_fill(often == 0, -torch.inf)
     if changes.sinks is not None:
@@ -84,5 +89,5 @@ class _Weighed(torch.autograd.Function):
         return into_weights, into_value.masked_fill(struck.unsqueeze(-1), torch.nan), into_lse, None
 
 
-def _distance(queries: range, keys: int) -> Tensor:
-    return (torch.tensor(queries, dtype=torch.int64)[:, None] - torch.arange(keys)).abs()
+def _distance(queries: range, keys: range) -> Tensor:
+    return (torch.tensor(queries, dtype=torch.int64)[:, None] - torch.tensor(keys, dtype=torch.int64)).abs()

@@ -43,12 +43,14 @@ class Work:
         queries: positions of the queries.
         scale: what scores are multiplied by, above 0.
         slopes: of ALiBi, one per head, or None; then every group is on one side of its queries, without triangles.
+        keys: position of the first key, and how far apart keys are; only slopes ask for it.
     """
 
     groups: tuple[HeadGroup, ...]
     queries: range
     scale: float
     slopes: tuple[float, ...] | None = None
+    keys: tuple[int, int] = (0, 1)
 
 
 def refusal(query: Tensor, changes: Scores) -> str | None:
@@ -265,9 +267,11 @@ def _calls(
         return size(part, work.slopes)
 
     exact = torch.promote_types(query.dtype, torch.float32)
+    # Within a rectangle distances are counted in keys.
+    slopes = work.slopes and tuple(slope * work.keys[1] for slope in work.slopes)
     for call in calls(query, key, work.groups, places=places, alone=alone, limit=WORKSPACE):
-        added = bias(call, query.dtype, work.slopes)
+        added = bias(call, query.dtype, slopes)
         moved = None
         if work.slopes is not None and added.nearest is not None:
-            moved = shift(call, added.nearest, work.slopes, work.queries, exact)
+            moved = shift(call, added.nearest, work.slopes, (work.queries, work.keys), exact)
         yield call, added, moved

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,7 @@ from longspan.ring import rotation, ulysses
 from longspan.ring.agreement import agree
 from longspan.ring.plan import STRATEGIES, settled
 from longspan.ring.transport import RankError
+from longspan.score import Score, Sinks, collect
 
 
 def attend(
@@ -27,6 +30,7 @@ def attend(
     group: dist.ProcessGroup | DeviceMesh | None = None,
     strategy: str | None = None,
     scale: float | None = None,
+    scores: Score | Sequence[Score] = (),
 ) -> Tensor:
     """Attend across ranks: each holds a shard of queries, keys and values, and gets the output of its queries.
 
@@ -42,13 +46,15 @@ def attend(
         group: a process group or a one-dimensional DeviceMesh, gloo on CPU or NCCL on GPU; None for all ranks.
         strategy: "exchange", "ring", "ulysses" or "gather"; None takes the cheapest, see `longspan.ring.plan`.
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
+        scores: what changes them beside the pattern, as for `longspan.attend`. The gradient of the logits of
+            `Sinks` is that of this rank's queries: like those of other weights, it is to be summed over ranks.
 
     Returns:
         `[batch, heads, places, value width]` in the dtype of `query`.
 
     Raises:
         PatternError: a pattern that cannot be shared out among the heads.
-        PlanError: an unknown strategy, or no kernel that can run it.
+        PlanError: no kernel that can run it.
         RankError: ranks that differ, a shard of the wrong size, a rank that does not answer within the timeout of
             the group; the message names rank and step.
 
@@ -80,9 +86,10 @@ def attend(
         **described,
         "strategy": str(strategy),
         "scale": repr(scale),
+        "scores": _described(scores),
         "gradients": "wanted" if wants else "not wanted",
     }
-    agree(members, facts, _problem(query, key, value, pattern, layout, members, strategy))
+    agree(members, facts, _problem((query, key, value), pattern, layout, members, strategy, scores))
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
@@ -91,7 +98,7 @@ def attend(
     shared = settled(pattern, layout, heads, widths, row, strategy)
     run = ulysses if shared.strategy == "ulysses" else rotation
     with torch.autocast(query.device.type, enabled=False):
-        return run.attend(query, key, value, shared, members, scale)
+        return run.attend(query, key, value, shared, members, scale, collect(scores, query.shape[1]))
 
 
 def _members(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
@@ -108,14 +115,19 @@ def _members(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
     return group.get_group() if isinstance(group, DeviceMesh) else group
 
 
+def _described(scores: Score | Sequence[Score]) -> str:
+    """Say what changes scores, without the numbers of tensors."""
+    given = scores if isinstance(scores, list | tuple) else [scores]
+    return ", ".join(type(one).__name__ if isinstance(one, Sinks) else str(one) for one in given) or "as they are"
+
+
 def _problem(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    sides: tuple[Tensor, Tensor, Tensor],
     pattern: Pattern,
     layout: Layout,
     group: dist.ProcessGroup,
     strategy: str | None,
+    scores: Score | Sequence[Score],
 ) -> str | None:
     """Say what is wrong with the arguments of this rank, or None where nothing is."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
@@ -125,11 +137,13 @@ def _problem(
         return f"there is no strategy called {strategy}, only {', '.join(STRATEGIES)}"
     try:
         # Attention of no tokens finds whatever is wrong with the tensors besides their length.
-        attend_alone(*(side[:, :, :0].detach() for side in (query, key, value)), pattern, queries=range(0))
+        nothing = (side[:, :, :0].detach() for side in sides)
+        attend_alone(*nothing, pattern, queries=range(0), scores=scores)
     except (LongspanError, IndexError) as error:
         return str(error)
-    places, sides = layout.places(rank), {"query": query, "key": key, "value": value}
-    if any(side.shape[2] != places for side in sides.values()):
-        got = ", ".join(f"{side.shape[2]} in {name}" for name, side in sides.items())
+    places = layout.places(rank)
+    if any(side.shape[2] != places for side in sides):
+        named = zip(("query", "key", "value"), sides, strict=True)
+        got = ", ".join(f"{side.shape[2]} in {name}" for name, side in named)
         return f"holds {places} of {layout.length} tokens by its layout, got {got}"
     return None

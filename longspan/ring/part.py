@@ -1,46 +1,69 @@
 """A part of attention on one rank: its queries against keys that lie anywhere, by the kernels of one process.
 
 Queries and keys are pieces of the text, ranges of positions one after the other in a tensor. A pattern is read over
-each pair of pieces, and the parts of a plan are moved to where the pieces lie in the tensors.
+each pair of pieces, and the parts of a plan are moved to where the pieces lie in the tensors. Where that does not
+do, since scores count distances or no kernel takes strided views, each pair of pieces is attended to by itself.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from longspan.kernel import reference, sdpa
+from longspan.kernel.merge import merge, merge_into
 from longspan.kernel.parts import Lattice
 from longspan.kernel.plan import choose, head_groups, scores_refusal
+from longspan.kernel.sides import one_sided_groups
 from longspan.pattern import Pattern
 from longspan.score import Scores
 
 Pieces = tuple[range, ...]
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: Pieces, keys: Pieces, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp of queries and keys whose positions are the pieces in order."""
-    if _kernel(query, key, pattern) == "sdpa":
-        return sdpa.forward(query, key, value, None, _work(query, pattern, queries, keys, scale))
-    placed = _Placed(pattern, queries, keys)
-    return reference.attend(
-        query, key, value, placed, queries=range(query.shape[2]), scale=scale, changes=Scores()
-    )
+@dataclass(frozen=True)
+class Reading:
+    """What a part is asked beside tensors.
+
+    Attributes:
+        pattern: which keys each query reads.
+        queries, keys: their positions.
+        scale: what scores are multiplied by, above 0.
+        changes: what else is done to scores, pair by pair; sinks belong to the whole, not to a part of it.
+    """
+
+    pattern: Pattern
+    queries: Pieces
+    keys: Pieces
+    scale: float
+    changes: Scores
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp of a part."""
+    if _kernel(query, key, reading) == "reference":
+        return _defined(query, key, value, reading)
+    if reading.changes.slopes is None:
+        return sdpa.forward(query, key, value, None, _work(query, reading))
+    exact = torch.promote_types(query.dtype, torch.float32)
+    output = query.new_zeros((*query.shape[:3], value.shape[3]), dtype=exact)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=exact)
+    for rows, columns, work in _works(query, reading):
+        made = sdpa.forward(query[:, :, rows], key[:, :, columns], value[:, :, columns], None, work)
+        merge_into(output[:, :, rows], lse[:, :, rows], *made)
+    return output.to(query.dtype), lse
 
 
 def gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    pattern: Pattern,
-    queries: Pieces,
-    keys: Pieces,
-    scale: float,
+    reading: Reading,
     merged: tuple[Tensor, Tensor],
     grad_output: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,76 +72,138 @@ def gradients(
     Law: with the output and log-sum-exp of all parts merged, the gradients of the parts add up to those of the whole.
     """
     output, lse = merged
-    if _kernel(query, key, pattern) == "sdpa":
-        work = _work(query, pattern, queries, keys, scale)
-        none = torch.zeros_like(lse)
+    if _kernel(query, key, reading) == "reference":
+        return _defined_gradients(query, key, value, reading, merged, grad_output)
+    none = torch.zeros_like(lse)
+    if reading.changes.slopes is None:
+        work = _work(query, reading)
         return sdpa.backward(grad_output, none, query, key, value, None, output, lse, work)[:3]
-    leaves = [side.detach().requires_grad_() for side in (query, key, value)]
-    with torch.enable_grad():
-        part_output, part_lse = attend(*leaves, pattern, queries, keys, scale)
-    # The whole is the sum of outputs, each weighed by its share exp(part_lse - lse), and so are their gradients.
-    share = (part_lse.detach() - lse.masked_fill(lse.isneginf(), 0.0)).exp().unsqueeze(-1)
-    into = share * grad_output.to(lse.dtype)
-    into_lse = (into * (part_output.detach() - output).to(lse.dtype)).sum(dim=-1)
-    return torch.autograd.grad([part_output, part_lse], leaves, [into.to(part_output.dtype), into_lse])
+    grads = tuple(torch.zeros(side.shape, dtype=lse.dtype) for side in (query, key, value))
+    for rows, columns, work in _works(query, reading):
+        made = sdpa.backward(
+            *(side[:, :, rows] for side in (grad_output, none, query)),
+            *(side[:, :, columns] for side in (key, value)),
+            None,
+            *(side[:, :, rows] for side in (output, lse)),
+            work,
+        )[:3]
+        for grad, part, taken in zip(grads, made, (rows, columns, columns), strict=True):
+            grad[:, :, taken] += part
+    return grads
 
 
-def _kernel(query: Tensor, key: Tensor, pattern: Pattern) -> str:
+def _kernel(query: Tensor, key: Tensor, reading: Reading) -> str:
     refusals = {
-        "sdpa": sdpa.refusal(query, Scores()),
+        "sdpa": sdpa.refusal(query, reading.changes),
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
     if refusals["sdpa"] is None:
         return "sdpa"
-    return choose(refusals, None, {"pattern": str(pattern), "query": f"{list(query.shape)} {query.dtype}"})[0]
+    facts = {"pattern": str(reading.pattern), "query": f"{list(query.shape)} {query.dtype}"}
+    # FlexAttention takes whole texts only.
+    return choose(refusals | {"flex": "does not take a part of a text"}, None, facts)[0]
 
 
-def _work(query: Tensor, pattern: Pattern, queries: Pieces, keys: Pieces, scale: float) -> sdpa.Work:
-    return sdpa.Work(_groups(pattern, query.shape[1], queries, keys), range(query.shape[2]), scale)
+def _defined(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Attend by the definition, in a way that gradients flow through."""
+    keys = tuple(_slices(reading.keys))
+    outputs, lses = [], []
+    for queried, rows in _slices(reading.queries):
+        made = [
+            reference.attend(
+                query[:, :, rows],
+                key[:, :, columns],
+                value[:, :, columns],
+                reading.pattern,
+                queries=queried,
+                scale=reading.scale,
+                changes=reading.changes,
+                keys=read,
+            )
+            for read, columns in keys
+        ]
+        output, lse = merge(made) if made else _nothing(query[:, :, rows], value)
+        outputs.append(output)
+        lses.append(lse)
+    if not outputs:
+        return _nothing(query, value)
+    return torch.cat(outputs, dim=2), torch.cat(lses, dim=2)
+
+
+def _nothing(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    exact = torch.promote_types(query.dtype, torch.float32)
+    return (
+        query.new_zeros((*query.shape[:3], value.shape[3])),
+        torch.full(query.shape[:3], -torch.inf, dtype=exact, device=query.device),
+    )
+
+
+def _defined_gradients(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    reading: Reading,
+    merged: tuple[Tensor, Tensor],
+    grad_output: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, lse = merged
+    leaves = [side.detach().requires_grad_() for side in (query, key, value)]
+    with torch.enable_grad():
+        part_output, part_lse = _defined(*leaves, reading)
+    # The whole is the sum of outputs, each weighed by its share exp(part_lse - lse), and so are their gradients.
+    share = (part_lse.detach() - lse.masked_fill(lse.isneginf(), 0.0)).exp().unsqueeze(-1)
+    into = share * grad_output.to(lse.dtype)
+    into_lse = (into * (part_output.detach() - output).to(lse.dtype)).sum(dim=-1)
+    found = torch.autograd.grad(
+        [part_output, part_lse], leaves, [into.to(part_output.dtype), into_lse], allow_unused=True
+    )
+    return tuple(
+        torch.zeros_like(side) if grad is None else grad for side, grad in zip(leaves, found, strict=True)
+    )
+
+
+def _work(query: Tensor, reading: Reading) -> sdpa.Work:
+    groups = _groups(reading.pattern, query.shape[1], reading.queries, reading.keys)
+    return sdpa.Work(groups, range(query.shape[2]), reading.scale)
+
+
+def _works(query: Tensor, reading: Reading) -> Iterator[tuple[slice, slice, sdpa.Work]]:
+    """Yield the rows, the columns and the work of each pair of pieces that has any."""
+    slopes = reading.changes.slopes
+    for (queried, rows), (read, columns) in product(_slices(reading.queries), _slices(reading.keys)):
+        groups = one_sided_groups(reading.pattern, query.shape[1], queried, read)
+        if any(group.parts for group in groups):
+            yield rows, columns, sdpa.Work(groups, queried, reading.scale, slopes, (read.start, read.step))
+
+
+def _slices(pieces: Pieces) -> Iterator[tuple[range, slice]]:
+    """Yield the pieces, and where they lie in a tensor."""
+    first = 0
+    for piece in pieces:
+        yield piece, slice(first, first + len(piece))
+        first += len(piece)
 
 
 @lru_cache(maxsize=1024)
 def _groups(pattern: Pattern, heads: int, queries: Pieces, keys: Pieces) -> tuple[sdpa.HeadGroup, ...]:
     """Return the groups of heads of every pair of pieces, moved to where the pieces lie in the tensors."""
-    moved, row = [], 0
-    for queried in queries:
-        column = 0
-        for number, read in enumerate(keys):
+    moved = []
+    for queried, rows in _slices(queries):
+        for number, (read, columns) in enumerate(_slices(keys)):
             for group in head_groups(pattern, heads, queried, read):
                 parts = tuple(
                     replace(
                         part,
-                        query=_moved(part.query, row),
-                        key=_moved(part.key, column),
+                        query=_moved(part.query, rows.start),
+                        key=_moved(part.key, columns.start),
                         fresh=part.fresh and number == 0,
                     )
                     for part in group.parts
                 )
                 if parts:
                     moved.append(sdpa.HeadGroup(group.heads, parts))
-            column += len(read)
-        row += len(queried)
     return tuple(moved)
 
 
 def _moved(lattice: Lattice, by: int) -> Lattice:
     return replace(lattice, start=lattice.start + by)
-
-
-class _Placed(Pattern):
-    """A pattern read at the places of tensors whose positions are pieces of a text."""
-
-    def __init__(self, pattern: Pattern, queries: Pieces, keys: Pieces) -> None:
-        self.pattern = pattern
-        self.queries, self.keys = (
-            torch.tensor([position for piece in side for position in piece], dtype=torch.int64)
-            for side in (queries, keys)
-        )
-
-    def count(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.pattern.count(self.queries[q], self.keys[k])
-
-    def at_head(self, head: int, heads: int) -> Pattern:
-        placed = object.__new__(_Placed)
-        placed.__dict__.update(self.__dict__, pattern=self.pattern.at_head(head, heads))
-        return placed

@@ -14,13 +14,20 @@ from longspan.layout import Layout
 from longspan.pattern import PerHead
 from longspan.ring.plan import Plan
 from longspan.ring.transport import exchange
+from longspan.score import Scores
 
 # For each rank the heads that it works on, for each of the tensors that are swapped together.
 Shares = list[tuple[range, ...]]
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, plan: Plan, group: dist.ProcessGroup, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    group: dist.ProcessGroup,
+    scale: float,
+    changes: Scores,
 ) -> Tensor:
     """Return the output of this rank's queries, differentiable; every rank of the group calls it alike."""
     layout, rank = plan.layout, dist.get_rank(group)
@@ -40,14 +47,19 @@ def attend(
             own = torch.tensor([head // group_size - key_heads[0] for head in heads], device=key.device)
             key, value = key[:, own], value[:, own]
         pattern = PerHead([plan.pattern.at_head(head, plan.heads) for head in heads])
-        positions = range(layout.length)
         output = attend_alone(
-            *(side[:, :, order] for side in (query, key, value)), pattern, queries=positions, scale=scale
+            *(side[:, :, order] for side in (query, key, value)),
+            pattern,
+            queries=range(layout.length),
+            scale=scale,
+            scores=changes.of(heads),
         )
         output = output[:, :, torch.argsort(order)]
     else:
         # Without a head there is no output, but the gradients of this rank's tokens still come from the others.
         nothing = query.sum() + key.sum() + value.sum()
+        if changes.sinks is not None:
+            nothing = nothing + 0 * changes.sinks.sum()
         output = nothing + query.new_zeros((*query.shape[:3], value.shape[3]))
     return _Return.apply(layout, group, [(mine,) for mine, _ in both], output)[0]
 
