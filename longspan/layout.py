@@ -93,9 +93,7 @@ class Layout:
             ((range(0, 1), range(6, 8)), (range(1, 4), range(4, 6)))
         """
         if isinstance(tokens, range) and tokens.step == 1:
-            shards = tuple(
-                _held(*(_between(piece, tokens) for piece in shard)) for shard in self.shards
-            )
+            shards = tuple(_held(*(_between(piece, tokens) for piece in shard)) for shard in self.shards)
         else:
             shards = tuple(
                 tuple(even for piece in shard for even in _even(_found(piece, np.asarray(tokens))))

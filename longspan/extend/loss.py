@@ -96,12 +96,16 @@ def chunked(model: PreTrainedModel) -> Iterator[None]:
         input_ids: Tensor | None = None,
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
         if labels is None:
             return own(input_ids=input_ids, **options)
         options = {name: value for name, value in options.items() if value is not None}
         hidden = base(input_ids=input_ids, **options | {"use_cache": False, "return_dict": True})[0]
+        if shift_labels is not None:
+            # Every place has its own label, the last one too; a place more, and nothing is left out.
+            labels, hidden = F.pad(shift_labels, (1, 0)), F.pad(hidden, (0, 0, 0, 1))
         loss = chunked_loss(hidden, labels.to(hidden.device), head, cap=cap, items=num_items_in_batch)
         return CausalLMOutputWithPast(loss=loss)
 

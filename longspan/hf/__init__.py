@@ -19,14 +19,17 @@ from longspan.hf.attention import reset, set_pattern
 from longspan.hf.cache import PatternCache
 from longspan.hf.causality import Causality, Leak, check_causality
 from longspan.hf.config import extended, rope_parameters, with_frequency, write_config
+from longspan.hf.loader import share_batches
 from longspan.hf.model import load_config, load_model
 from longspan.hf.rope import from_config, to_config
+from longspan.hf.sequence import Split, sequence_parallel
 from longspan.hf.stream import StreamCache
 
 __all__ = [
     "Causality",
     "Leak",
     "PatternCache",
+    "Split",
     "StreamCache",
     "check_causality",
     "extended",
@@ -35,7 +38,9 @@ __all__ = [
     "load_model",
     "reset",
     "rope_parameters",
+    "sequence_parallel",
     "set_pattern",
+    "share_batches",
     "to_config",
     "with_frequency",
     "write_config",

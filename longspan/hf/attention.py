@@ -13,7 +13,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from longspan.errors import InputError, PatternError, PlanError, message
 from longspan.hf.batch import Batch, describe, refusal
 from longspan.hf.quiet import quiet
-from longspan.hf.segment import attend_segments
 from longspan.pattern import Causal, Pattern, Window
 from longspan.score import Score, Sinks, SoftCap
 
@@ -130,7 +129,7 @@ def _attention(
         scores = _scores(options)
         if cached is not None:
             return cached.attend(module, query, key, value, pattern, batch, scaling, scores), None
-        return attend_segments(query, key, value, pattern, batch.segments, scale=scaling, scores=scores), None
+        return batch.attend(query, key, value, pattern, scale=scaling, scores=scores), None
 
 
 def _scores(options: dict[str, Any]) -> list[Score]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from longspan.errors import ShapeError, message
-from longspan.hf.segment import Segment, unpacked, unpadded, whole
+from longspan.hf.segment import Segment, attend_segments, unpacked, unpadded, whole
+from longspan.pattern import Pattern
+from longspan.score import Score
+
+# What every mask is while a text is split among ranks: the batch as all of them together hold it.
+SHARED: ContextVar[Batch | None] = ContextVar("shared", default=None)
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,19 @@ class Batch:
     keys: int
     window: int | None
     masked: bool
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pattern: Pattern,
+        *,
+        scale: float | None,
+        scores: Sequence[Score],
+    ) -> Tensor:
+        """Let each sequence attend by itself, see `attend_segments`."""
+        return attend_segments(query, key, value, pattern, self.segments, scale=scale, scores=scores)
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -97,6 +116,9 @@ def describe(
             f"its layers read in chunks of {local_size} tokens, which are not supported yet",
             fix="a model with full attention or a sliding window",
         )
+    shared = SHARED.get()
+    if shared is not None:
+        return replace(shared, window=local_size)
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, end):
         raise refusal(
             config,

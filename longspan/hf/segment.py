@@ -66,9 +66,9 @@ def unpadded(real: Tensor, *, queries: int, dropped: int) -> tuple[Segment, ...]
         if len(query_columns):
             segments.append(
                 Segment(
-                    rows=_shortest((kind_of_row == number).nonzero().flatten()),
-                    queries=_shortest(query_columns),
-                    keys=_shortest(key_columns),
+                    rows=shortest((kind_of_row == number).nonzero().flatten()),
+                    queries=shortest(query_columns),
+                    keys=shortest(key_columns),
                     dropped=len(tokens) - len(key_columns),
                 )
             )
@@ -165,7 +165,7 @@ def _count(part: slice | Tensor, size: int) -> int:
     return len(range(*part.indices(size))) if isinstance(part, slice) else len(part)
 
 
-def _shortest(columns: Tensor) -> slice | Tensor:
+def shortest(columns: Tensor) -> slice | Tensor:
     """Return columns as a slice where they are neighbours: it needs no copy."""
     first, last = int(columns[0]), int(columns[-1])
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from longspan.errors import message
 from longspan.ring.transport import RankError, reaching
@@ -55,6 +56,22 @@ def agree(group: dist.ProcessGroup, facts: dict[str, str], problem: str | None) 
             )
         )
     known.add(config)
+
+
+def same(group: dist.ProcessGroup, numbers: Tensor, what: str) -> None:
+    """Raise RankError on every rank unless all of them hold the same numbers, int64, as many on each."""
+    rank = dist.get_rank(group)
+    both = torch.stack([numbers, -numbers])
+    with reaching(rank, "the other ranks", f"comparing {what}"):
+        dist.all_reduce(both, dist.ReduceOp.MAX, group=group)
+    if (both[0] != -both[1]).any():
+        raise RankError(
+            message(
+                "The ranks have been given different things.",
+                {"different": what},
+                fix="the same on all ranks that share a text; longspan.hf.share_batches(loader, ranks) sees to it",
+            )
+        )
 
 
 def _version() -> str:

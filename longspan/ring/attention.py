@@ -75,7 +75,7 @@ def attend(
         Liu et al., Ring Attention (arXiv 2310.01889), section 3; Jacobs et al., DeepSpeed Ulysses
         (arXiv 2309.14509), section 3.
     """
-    members = _members(group)
+    members = group_of(group)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     sides = {"query": query, "key": key, "value": value}
     described = {name: f"{[*side.shape[:2], *side.shape[3:]]} {side.dtype}" for name, side in sides.items()}
@@ -90,6 +90,33 @@ def attend(
         "gradients": "wanted" if wants else "not wanted",
     }
     agree(members, facts, _problem((query, key, value), pattern, layout, members, strategy, scores))
+    return attend_agreed(
+        query,
+        key,
+        value,
+        pattern,
+        layout=layout,
+        group=members,
+        strategy=strategy,
+        scale=scale,
+        scores=scores,
+    )
+
+
+def attend_agreed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    layout: Layout,
+    group: dist.ProcessGroup,
+    strategy: str | None = None,
+    scale: float | None = None,
+    scores: Score | Sequence[Score] = (),
+) -> Tensor:
+    """Attend as `attend` does, by ranks that have agreed on everything before: nothing is checked."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
@@ -98,10 +125,11 @@ def attend(
     shared = settled(pattern, layout, heads, widths, row, strategy)
     run = ulysses if shared.strategy == "ulysses" else rotation
     with torch.autocast(query.device.type, enabled=False):
-        return run.attend(query, key, value, shared, members, scale, collect(scores, query.shape[1]))
+        return run.attend(query, key, value, shared, group, scale, collect(scores, query.shape[1]))
 
 
-def _members(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+def group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
+    """Return the process group of a mesh, of all ranks for None."""
     if not dist.is_initialized():
         raise RankError(
             message(
@@ -118,7 +146,10 @@ def _members(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
 def _described(scores: Score | Sequence[Score]) -> str:
     """Say what changes scores, without the numbers of tensors."""
     given = scores if isinstance(scores, list | tuple) else [scores]
-    return ", ".join(type(one).__name__ if isinstance(one, Sinks) else str(one) for one in given) or "as they are"
+    return (
+        ", ".join(type(one).__name__ if isinstance(one, Sinks) else str(one) for one in given)
+        or "as they are"
+    )
 
 
 def _problem(
