@@ -1,8 +1,9 @@
 """Train the default model: a byte-level Llama of 3.3 M parameters with a context of 512 tokens.
 
 Text: the standard library's own sources, its longer docstrings and help texts once more as prose (held-out modules
-excluded), with windows of repeated random segments and passkey prompts mixed in. Lengths grow 64, 128, 256, 512.
-Every window begins with the end-of-text token, as the tokenizer puts it in front. Run from the repository's root:
+excluded), with windows of repeated segments, passkeys and needles mixed in. Lengths grow 64, 128, 256, 512. Every
+window begins with the end-of-text token, as the tokenizer puts it in front, and every head begins its life at rest
+on that token, as most heads of large models do when they have nothing to add. Run from the repository's root:
 
     python recipes/default_model.py --output runs/base
 """
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,21 +26,41 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from longspan.text.corpus import Corpus
 from longspan.text.documents import Document, split, standard_library
 from longspan.text.encoding import encode
+from longspan.text.needle import multikey, multiquery, needle
 from longspan.text.passkey import passkey_prompt
+from longspan.text.prompt import encoded
 from longspan.text.repeats import repeated_segments
 
 END = "<|endoftext|>"
 PAD = "<|pad|>"
 CONTEXT = 512
-# (share of the run, length, share of repeated segments, share of passkey prompts)
+WIDTH, HEADS = 256, 8
+
+
+class Stage(NamedTuple):
+    """A part of the training: its share of all steps, the length of its windows, and the shares of their kinds."""
+
+    share: float
+    length: int
+    repeats: float
+    passkeys: float
+    needles: float
+
+
 STAGES = [
-    (0.15, 64, 0.50, 0.00),
-    (0.15, 128, 0.40, 0.10),
-    (0.20, 256, 0.25, 0.15),
-    (0.38, 512, 0.20, 0.15),
-    (0.12, 512, 0.60, 0.12),
+    Stage(0.10, 64, 0.50, 0.00, 0.00),
+    Stage(0.12, 128, 0.40, 0.10, 0.00),
+    Stage(0.18, 256, 0.25, 0.15, 0.00),
+    Stage(0.45, 512, 0.20, 0.15, 0.10),
+    Stage(0.15, 512, 0.40, 0.20, 0.10),
 ]
 BATCH_TOKENS = 8192
+# An answer is a handful of tokens in a window of hundreds; each counts as many times as this in the loss.
+ANSWER = 8.0
+# Scores of resting heads in the first step, how many pairs of numbers carry them, and the size of embeddings.
+REST = 6.0
+RESTING_PAIRS = 3
+INITIAL = 0.02
 # Share of the plain windows that are cut from prose, and how long a docstring must be to count as such.
 PROSE = 0.4
 LONG = 300
@@ -66,24 +88,56 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def untrained_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Return the architecture with random weights."""
-    return LlamaForCausalLM(
+    """Return the architecture with random weights, its heads at rest."""
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=256,
+            hidden_size=WIDTH,
             intermediate_size=704,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
+            num_attention_heads=HEADS,
+            num_key_value_heads=HEADS,
             max_position_embeddings=CONTEXT,
             rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
             tie_word_embeddings=True,
-            initializer_range=0.02,
+            initializer_range=INITIAL,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    rest(model, tokenizer.bos_token_id)
+    return model
+
+
+@torch.no_grad()
+def rest(model: LlamaForCausalLM, first: int) -> None:
+    """Let every head attend to the first token of a window where nothing else asks for its attention.
+
+    The first number of an embedding says "any token" and the second one "the first token". Queries look for the
+    second with what they find in the first, in the pairs of a head that turn slowest, and values leave it out, so a
+    head at rest adds nothing. Training keeps what it needs of this, and a model that rests there loses its hold
+    where distances grow beyond those it was trained at.
+    """
+    size = INITIAL * math.sqrt(WIDTH)
+    embeddings = model.get_input_embeddings().weight
+    embeddings[:, 0], embeddings[:, 1] = size, 0.0
+    embeddings[first] = 0.0
+    embeddings[first, 1] = size
+    # After the norm, half of the length of an embedding is "any token", and all of the first token's is "first".
+    any_token, first_token = math.sqrt(WIDTH / 2), math.sqrt(WIDTH)
+    width = WIDTH // HEADS
+    weight = math.sqrt(REST * math.sqrt(width) / (any_token * first_token) / RESTING_PAIRS)
+    slow = [head * width + width // 2 - pair - 1 for head in range(HEADS) for pair in range(RESTING_PAIRS)]
+    for layer in model.model.layers:
+        attention, feed_forward = layer.self_attn, layer.mlp
+        for projection, column in ((attention.q_proj, 0), (attention.k_proj, 1)):
+            projection.weight[:, column] = 0.0
+            projection.weight[slow, column] = weight
+        for reading in (attention.v_proj, feed_forward.gate_proj, feed_forward.up_proj):
+            reading.weight[:, 1] = 0.0
+        for writing in (attention.o_proj, feed_forward.down_proj):
+            writing.weight[:2] = 0.0
 
 
 def prose(documents: list[Document]) -> list[Document]:
@@ -109,22 +163,41 @@ def batch(
     sources: Corpus,
     texts: Corpus,
     tokenizer: PreTrainedTokenizerFast,
-    stage: tuple[float, int, float, float],
+    stage: Stage,
     rng: np.random.Generator,
-) -> torch.Tensor:
-    """Return token ids `[rows, length]` in the stage's mixture."""
-    _, length, repeats, passkeys = stage
-    rows = []
-    for kind in rng.random(BATCH_TOKENS // length):
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return token ids in the stage's mixture, and how much each counts, both `[rows, length]`."""
+    size = stage.length - 1
+    rows, answers = [], []
+    for kind in rng.random(BATCH_TOKENS // stage.length):
         corpus = texts if rng.random() < PROSE else sources
-        if kind < repeats:
-            row = repeated_segments(corpus, length=length - 1, rng=rng)
-        elif kind < repeats + passkeys:
-            row = passkey_prompt(tokenizer, corpus, length=length - 1, depth=rng.random(), rng=rng).ids
+        answer = 0
+        if kind < stage.repeats:
+            row = repeated_segments(corpus, length=size, rng=rng)
+        elif kind < stage.repeats + stage.passkeys:
+            prompt = passkey_prompt(tokenizer, corpus, length=size, depth=rng.random(), rng=rng)
+            row, answer = prompt.ids, prompt.answer
+        elif kind < stage.repeats + stage.passkeys + stage.needles:
+            row, answer = needles(tokenizer, corpus, length=size, rng=rng)
         else:
-            row = corpus.window(rng, length - 1)
+            row = corpus.window(rng, size)
         rows.append(np.append(tokenizer.bos_token_id, row))
-    return torch.from_numpy(np.stack(rows))
+        answers.append(answer)
+    ids = torch.from_numpy(np.stack(rows))
+    last = torch.arange(stage.length) >= stage.length - torch.tensor(answers)[:, None]
+    return ids, torch.where(last, ANSWER, 1.0)
+
+
+def needles(
+    tokenizer: PreTrainedTokenizerFast, corpus: Corpus, *, length: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
+    """Return a prompt of one of three kinds with its answer, and how many tokens the answer has."""
+    kinds = (needle, multikey, multiquery)
+    prompt = kinds[rng.integers(len(kinds))](tokenizer, corpus, length=length, rng=rng)
+    answer = encoded(tokenizer, " " + ", ".join(prompt.answers) + ".")[: length - len(prompt.ids)]
+    row = np.concatenate([prompt.ids, answer])
+    # What the longest possible answer would take and this one does not is cut from the front.
+    return np.concatenate([corpus.window(rng, length - len(row)), row]), len(answer)
 
 
 @torch.no_grad()
@@ -186,7 +259,7 @@ def main() -> None:
         done = (step - 1) / given.steps
         stage, reached = STAGES[-1], 0.0
         for candidate in STAGES:
-            reached += candidate[0]
+            reached += candidate.share
             if done < reached:
                 stage = candidate
                 break
@@ -195,10 +268,14 @@ def main() -> None:
         for peak, optimizer in zip(peaks, optimizers, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * scale
-        ids = batch(sources, texts, tokenizer, stage, rng)
+        ids, weights = batch(sources, texts, tokenizer, stage, rng)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+            logits = model(ids, use_cache=False).logits
+        losses = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+        )
+        weights = weights[:, 1:].flatten()
+        loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -211,11 +288,13 @@ def main() -> None:
                 "step": step,
                 "tokens": tokens,
                 "minutes": round((time.monotonic() - begun) / 60, 1),
-                "length": stage[1],
+                "length": stage.length,
                 "loss": round(loss.item(), 3),
                 "perplexity_512": round(math.exp(text_loss(model, tokenizer, held, 512)), 3),
                 "perplexity_4096": round(math.exp(text_loss(model, tokenizer, held, 4096)), 3),
-                "passkey": passkey_share(model, tokenizer, held, stage[1], rng) if stage[1] > 64 else None,
+                "passkey": passkey_share(model, tokenizer, held, stage.length, np.random.default_rng(step))
+                if stage.length > 64
+                else None,
             }
             model.train()
             history.append(row)
