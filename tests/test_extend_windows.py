@@ -96,13 +96,23 @@ def test_documents_count_from_zero():
 
 
 def test_stages_double_the_window_and_its_pattern():
-    staged = windows(length=256, stages=3, steps=7, batch=2, accumulate=2, pattern="SlidingWindow({1/4})")
+    options = {"positions": "counted", "pattern": "SlidingWindow({1/4})"}
+    staged = windows(length=256, stages=3, steps=7, batch=2, accumulate=2, **options)
     sizes = [len(staged[number]["input_ids"]) for number in range(len(staged))]
     steps = [sizes[4 * step] for step in range(7)]
     assert steps == sorted(steps) == [64, 64, 64, 128, 128, 256, 256]
     assert sizes == [size for size in steps for _ in range(4)]
     assert staged.recipe.patterns(64) == ("SlidingWindow(16)",)
     assert staged.recipe.tokens(7) == sum(sizes)
+    assert all("position_ids" not in staged[number] for number in range(len(staged)))
+
+
+def test_positions_skip_in_stages_whose_windows_are_short():
+    staged = windows(length=256, stages=3, steps=60)
+    items = [staged[number] for number in range(len(staged))]
+    ends = [int(item["position_ids"][-1]) if "position_ids" in item else None for item in items]
+    assert 240 < max(ends[:20]) < 256 and 240 < max(ends[20:40]) < 256
+    assert ends[40:] == [None] * 20
 
 
 @pytest.mark.parametrize(
@@ -112,6 +122,7 @@ def test_stages_double_the_window_and_its_pattern():
         ({"length": 64, "stages": 7}, "stages 7"),
         ({"stages": 9, "steps": 8}, "stages 9"),
         ({"length": 64, "window": 32, "documents": "packed"}, "do not go together"),
+        ({"length": 64, "stages": 2, "documents": "packed"}, "do not go together"),
         ({"documents": "boxed"}, "documents boxed"),
         ({"method": "lora++"}, r"try\s+lora\+"),
         ({"steps": 1.5}, "steps 1.5"),

@@ -80,13 +80,21 @@ def command(
         str | None,
         typer.Option(
             metavar="N",
-            help="Tokens of a training window; fewer than the length makes positions skip (PoSE).",
+            help="Tokens of a training window.",
             show_default="the length",
         ),
     ] = None,
     stages: Annotated[
         int | None,
         typer.Option(metavar="N", help="Parts of the training, windows doubling in each.", show_default="1"),
+    ] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            metavar="skipping|counted",
+            help="Whether positions skip in windows shorter than the length, so that they reach over all of it (PoSE).",
+            show_default="skipping",
+        ),
     ] = None,
     documents: Annotated[
         str | None,
@@ -179,6 +187,7 @@ def command(
         "method": method,
         "window": window,
         "stages": stages,
+        "positions": positions,
         "documents": documents,
         "steps": steps,
         "batch": batch,
@@ -261,7 +270,7 @@ def described(recipe: Any) -> str:
         parts.append(recipe.method)
     if recipe.stages > 1:
         parts.append(f"{recipe.stages} stages")
-    if recipe.window < recipe.length:
+    if recipe.skips:
         parts.append("positions that skip")
     if recipe.documents == "packed":
         parts.append("packed documents")

@@ -19,6 +19,7 @@ _RATE = 1.5e-3
 _CHOICES = {
     "method": METHODS,
     "documents": ("joined", "packed"),
+    "positions": ("skipping", "counted"),
     "activations": ("kept", "recomputed", "offloaded"),
     "loss": ("chunked", "whole"),
 }
@@ -53,10 +54,11 @@ class Recipe:
             quarter of the window. Several, with ";" between them, are one for each layer.
         method: which weights are trained. "full": all; "lora": small matrices beside the projections of attention;
             "lora+": those, and embeddings and norms whole (LongLoRA); "qlora": "lora" beside weights of 4 bits.
-        window: tokens of a training window, None for `length`. Where it is less, positions skip so that the window
-            reaches over all of `length` (PoSE).
+        window: tokens of a training window, None for `length`.
         stages: parts of the training, of equally many steps; the last has windows of full size, and every one
             before half of the next.
+        positions: what happens in windows shorter than `length`. "skipping": positions jump once, so that a window
+            reaches over all of `length` (PoSE); "counted": they count on, as far as the window goes.
         documents: "joined": a window reads over the ends of documents; "packed": every document in it is read alone.
         steps: updates of the weights.
         batch: windows at a time, on each device.
@@ -95,6 +97,7 @@ class Recipe:
     method: str = "lora+"
     window: int | None = None
     stages: int = 1
+    positions: str = "skipping"
     documents: str = "joined"
     steps: int = 175
     batch: int = 1
@@ -136,17 +139,22 @@ class Recipe:
                 self.stages,
                 f"at most one for each of {self.steps} steps, and windows of 2 tokens or more",
             )
-        if self.window < self.length and self.documents == "packed":
+        if self.skips and self.documents == "packed":
             raise InputError(
                 message(
                     "Positions that skip and packed documents do not go together.",
                     {
-                        "asked": f"window {self.window} of length {self.length}, documents packed",
+                        "asked": f"windows of {self.windows[0]} in a length of {self.length}, documents packed",
                         "why": "where positions jump, a packed window begins another document",
                     },
-                    fix="documents joined, or a window as long as the length",
+                    fix="positions counted, or documents joined",
                 )
             )
+
+    @property
+    def skips(self) -> bool:
+        """Whether positions jump in some windows."""
+        return self.positions == "skipping" and self.windows[0] < self.length
 
     @property
     def windows(self) -> tuple[int, ...]:

@@ -61,7 +61,7 @@ class TrainingWindows(torch.utils.data.Dataset):
             # Nothing in a document says how the next one begins.
             labels[starts] = _IGNORED
             item |= {"labels": labels, "position_ids": torch.from_numpy(restarting(starts, window))}
-        if recipe.window < recipe.length:
+        if recipe.skips and window < recipe.length:
             positions = skipping(window, reach=recipe.length, rng=rng)
             # Without a mask, positions that jump would begin another document.
             item |= {"position_ids": torch.from_numpy(positions), "attention_mask": torch.ones_like(ids)}
