@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
-from longspan.kernel import flex, opaque, reference, sdpa
-from longspan.kernel.plan import choose, scores_refusal
+from longspan.kernel import compiled, opaque, sdpa
+from longspan.kernel.choice import chosen, facts, run
 from longspan.pattern import Pattern
 from longspan.score import Score, collect
 
@@ -47,8 +47,8 @@ def attend(
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
         scores: what changes them beside the pattern: `ALiBi()`, `Sinks(logits)`, `SoftCap(limit)` from
             `longspan.score`, one or a list of them in any order.
-        kernel: "sdpa", "flex" or "reference" to insist on one; None takes the first that can run, on cpu sdpa or
-            reference, on cuda flex or reference.
+        kernel: "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run, on cpu sdpa
+            or reference, on cuda flash, flex or reference.
 
     Returns:
         `[batch, heads, queries, value width]` in the dtype of `query`.
@@ -102,28 +102,36 @@ def attend_with_lse(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rows, keys = query.shape[2], key.shape[2]
     start, step = (keys - rows, 1) if queries is None else (queries.start, queries.step)
-    chosen, why_not_sdpa = "sdpa", sdpa.refusal(query, changes)
-    if why_not_sdpa or kernel not in ("sdpa", None):
-        too_large = scores_refusal(reference.scores_bytes(query, key))
-        why_not_flex = flex.refusal((query, key, value), pattern, changes, asked=kernel == "flex")
-        if query.device.type == "cpu":
-            why_not_flex = why_not_flex or too_large
-        refusals = {"sdpa": why_not_sdpa, "flex": why_not_flex, "reference": too_large}
-        where = range(start, start + step * rows, step)
-        chosen, _ = choose(refusals, kernel, _facts(query, key, value, pattern, where))
+    here = None
+    if not (query.is_cuda and torch.compiler.is_compiling()):
+        here = "sdpa"
+        if kernel not in ("sdpa", None) or sdpa.refusal(query, changes):
+            where = range(start, start + step * rows, step)
+            here = chosen(query, key, value, pattern, queries=where, changes=changes, asked=kernel)
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
     with torch.autocast(query.device.type, enabled=False):
-        if chosen == "sdpa" and torch.compiler.is_compiling():
+        if here is None:
+            return compiled.attend(
+                query,
+                key,
+                value,
+                pattern,
+                start=start,
+                step=step,
+                scale=scale,
+                changes=changes,
+                kernel=kernel,
+            )
+        if here == "sdpa" and torch.compiler.is_compiling():
             # A range would make the compiler take every length for a constant.
             return opaque.attend(
                 query, key, value, pattern, start=start, step=step, scale=scale, changes=changes
             )
         positions = range(start, start + step * rows, step)
-        if chosen != "sdpa":
-            run = flex.attend if chosen == "flex" else reference.attend
-            return run(query, key, value, pattern, queries=positions, scale=scale, changes=changes)
+        if here != "sdpa":
+            return run(here, query, key, value, pattern, queries=positions, scale=scale, changes=changes)
         work = opaque.work(pattern, query.shape[1], positions, keys, scale, changes.slopes)
         return sdpa.attend(query, key, value, changes.sinks, work)
 
@@ -140,26 +148,11 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tensors
 
 
-def _facts(
-    query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None
-) -> dict[str, str]:
-    sides = {"query": query, "key": key, "value": value}
-    described = {
-        name: f"{list(side.shape)} {str(side.dtype).removeprefix('torch.')}, {side.device}"
-        for name, side in sides.items()
-    }
-    return {
-        "pattern": str(pattern),
-        **described,
-        "queries": "the last ones" if queries is None else str(queries),
-    }
-
-
 def _check(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, queries: range | None) -> None:
     """Raise ShapeError where anything does not fit."""
 
     def refuse(problem: str, fix: str) -> ShapeError:
-        return ShapeError(message(problem, _facts(query, key, value, pattern, queries), fix=fix))
+        return ShapeError(message(problem, facts(query, key, value, pattern, queries), fix=fix))
 
     if not isinstance(pattern, Pattern):
         raise refuse(

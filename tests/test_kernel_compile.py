@@ -111,7 +111,7 @@ def test_a_pattern_made_inside_is_refused_in_words():
 
 def test_the_operation_keeps_the_rules_of_custom_operations():
     """Shapes, strides and aliasing are as announced, for what autograd and the compiler do with them."""
-    number = opaque._number(MIXED)
+    number = opaque.numbered(MIXED)
     logits = torch.zeros(HEADS, requires_grad=True)
     for extra in ((None, None), (logits, [0.5, 0.25, 0.1, 0.0])):
         given = (*sides(9), *extra, number, 0, 1, 0.3)

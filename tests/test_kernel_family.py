@@ -131,7 +131,7 @@ def test_a_formula_that_no_kernel_can_be_made_of():
 
 
 def test_the_plan_of_cuda():
-    made = plan(SlidingWindow(512), length=8192, heads=8, dtype="bfloat16", device="cuda")
+    made = plan(SlidingWindow(512), length=8192, heads=8, dtype="bfloat16", device="cuda", kernel="flex")
     assert (
         str(made)
         == """\
@@ -158,6 +158,7 @@ def test_what_cuda_cannot_take_falls_to_the_reference():
     assert made.kernel == "reference"
     assert made.refused == (
         ("sdpa", "runs on cpu, got cuda"),
+        ("flash", "takes bfloat16 or float16, got float64"),
         ("flex", "takes float32 or bfloat16 or float16 on cuda, got float64"),
     )
 

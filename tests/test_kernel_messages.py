@@ -162,12 +162,12 @@ The heads cannot be divided equally among the parts of this pattern.
     ),
     (
         "unknown kernel",
-        lambda: attend(QUERY, KEY, KEY, Causal(), kernel="flash"),
+        lambda: attend(QUERY, KEY, KEY, Causal(), kernel="fast"),
         PlanError,
         """\
-There is no kernel called flash.
-  asked  flash
-  try    one of sdpa, flex, reference""",
+There is no kernel called fast.
+  asked  fast
+  try    one of sdpa, flash, flex, reference""",
     ),
     (
         "a kernel that cannot",
@@ -181,6 +181,7 @@ The kernel sdpa cannot run this pattern on these tensors.
   value    [1, 2, 9, 8] float32, cpu
   queries  range(0, 9)
   refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
+           flash  runs on cuda, got cpu
            flex  is taken on cpu only where it is asked for
   try      kernel=None, which takes the first that can""",
     ),
@@ -202,6 +203,7 @@ No kernel can run this pattern on these tensors.
   value    [1, 32, 32768, 6] float32, cpu
   queries  range(0, 32768)
   refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
+           flash  runs on cuda, got cpu
            flex  is taken on cpu only where it is asked for
            reference  would need 137.4 GB for the scores, limit is 8 GB
   try      fewer queries at a time, or tensors that a kernel above takes""",

@@ -49,23 +49,15 @@ class Call:
     def give_back(self, whole: Tensor, part: Tensor) -> None:
         """Add a gradient of the view `look_up` gave to the whole, where rectangles may overlap."""
         lattice = self.part.key
-        advance, step = lattice.inner, lattice.step
-        if advance == 0:
+        if lattice.inner == 0:
             part, inner = part.sum(dim=1, keepdim=True), self.inner[:1]
             self._view(whole, lattice, self.key_heads, inner).add_(part)
             return
-        # Rectangle n + apart starts on a place of rectangle n, `shift` places after its first one.
-        apart = step // int(np.gcd(advance, step))
-        shift = apart * advance // step
-        for begin in range(min(apart, len(self.inner))):
-            inner = self.inner[begin::apart]
-            places = lattice.places if len(inner) == 1 else shift
-            for first in range(0, lattice.places, places):
-                piece = part[:, begin::apart, first : first + places]
-                cut = Lattice(
-                    lattice.start + first * step, step, piece.shape[2], lattice.outer, lattice.inner
-                )
-                self._view(whole, cut, self.key_heads, inner).add_(piece)
+        for rectangles, places in disjoint(lattice, lattice.inner, len(self.inner)):
+            piece = part[:, rectangles, places]
+            start = lattice.start + places.start * lattice.step
+            cut = Lattice(start, lattice.step, piece.shape[2], lattice.outer, lattice.inner)
+            self._view(whole, cut, self.key_heads, self.inner[rectangles]).add_(piece)
 
     def _view(self, tensor: Tensor, lattice: Lattice, heads: range, inner: range) -> Tensor:
         batch_stride, head_stride, stride, *rest = tensor.stride()
@@ -78,6 +70,23 @@ class Call:
             (heads.step * head_stride, inner.step * lattice.inner * stride, lattice.step * stride, *rest),
             offset,
         )
+
+
+def disjoint(lattice: Lattice, advance: int, count: int) -> Iterator[tuple[slice, slice]]:
+    """Cut rectangles that may overlap, and their places, so that in no piece two share a place.
+
+    Args:
+        lattice: of one side.
+        advance: how far the next rectangle lies on, not 0.
+        count: how many rectangles there are.
+    """
+    # Rectangle n + apart starts on a place of rectangle n, `shift` places after its first one.
+    apart = lattice.step // int(np.gcd(advance, lattice.step))
+    shift = apart * advance // lattice.step
+    for begin in range(min(apart, count)):
+        places = lattice.places if begin + apart >= count else shift
+        for first in range(0, lattice.places, places):
+            yield slice(begin, None, apart), slice(first, first + places)
 
 
 def calls(
@@ -102,7 +111,7 @@ def calls(
     numbers = limit // query.element_size()
     for row in range(query.shape[0]):
         for group in groups:
-            for heads, key_heads in _paired(group.heads, share):
+            for heads, key_heads in paired(group.heads, share):
                 for part in group.parts:
                     budget = max(1, numbers // places(part))
                     most = max(1, min(len(heads), numbers // max(1, alone(part))))
@@ -122,7 +131,7 @@ def calls(
                                 )
 
 
-def _paired(heads: range, share: int) -> Iterator[tuple[range, range]]:
+def paired(heads: range, share: int) -> Iterator[tuple[range, range]]:
     """Cut heads so that each key head stands opposite one query head, `share` query heads to a key head."""
     for place in range(share):
         opposite = [head for head in heads if head % share == place]

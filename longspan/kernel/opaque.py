@@ -43,11 +43,11 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp as `sdpa.attend` does, for queries at `start`, `start + step`, ..."""
     slopes = None if changes.slopes is None else list(changes.slopes)
-    return _attend(query, key, value, changes.sinks, slopes, _number(pattern), start, step, scale)
+    return _attend(query, key, value, changes.sinks, slopes, numbered(pattern), start, step, scale)
 
 
 @torch.compiler.assume_constant_result
-def _number(pattern: Pattern) -> int:
+def numbered(pattern: Pattern) -> int:
     """Return the number of a pattern; runs while a graph is traced."""
     try:
         known = pattern in _numbers
@@ -72,6 +72,11 @@ def _work(
     queries = range(start, start + step * query.shape[2], step)
     steep = None if slopes is None else tuple(slopes)
     return work(_patterns[number], query.shape[1], queries, key.shape[2], scale, steep)
+
+
+def pattern_of(number: int) -> Pattern:
+    """Return the pattern of a number."""
+    return _patterns[number]
 
 
 @torch.library.custom_op("longspan::attend", mutates_args=())

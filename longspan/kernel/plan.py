@@ -10,15 +10,18 @@ import torch
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, message
-from longspan.kernel import family, flex, sdpa
+from longspan.kernel import family, flash, flex, sdpa
+from longspan.kernel.bands import BandGroup, band_groups
 from longspan.kernel.bias import KEPT
+from longspan.kernel.numbers import listed, named
 from longspan.kernel.parts import Part, parts
+from longspan.kernel.rates import dearer
 from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys, workspace
 from longspan.pattern import Pattern
 
 # The most memory that dense scores may take.
 REFERENCE_BYTES = 8 * 10**9
-KERNELS = ("sdpa", "flex", "reference")
+KERNELS = ("sdpa", "flash", "flex", "reference")
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -32,10 +35,10 @@ class Plan:
         queries, keys: absolute positions.
         width: numbers in a head's query.
         dtype: of the tensors.
-        kernel: the kernel that runs, "sdpa", "flex" or "reference".
+        kernel: the kernel that runs, "sdpa", "flash", "flex" or "reference".
         groups: heads that read alike, and their parts.
         refused: kernels that do not run, each with its reason.
-        calls: what "flex" does instead of the parts; none for other kernels.
+        calls: what "flex" or "flash" does instead of the parts; none for other kernels.
     """
 
     pattern: Pattern
@@ -47,7 +50,7 @@ class Plan:
     kernel: str
     groups: tuple[sdpa.HeadGroup, ...]
     refused: tuple[tuple[str, str], ...]
-    calls: tuple[family.Group, ...] = ()
+    calls: tuple[family.Group | BandGroup, ...] = ()
 
     @property
     def pairs(self) -> int:
@@ -59,6 +62,8 @@ class Plan:
         """Pairs computed by all heads, masked ones included."""
         if self.kernel == "flex":
             return (self.blocks.full + self.blocks.partial) * family.BLOCK**2
+        if self.kernel == "flash":
+            return sum(band.area * len(group.heads) for group in self.calls for band in group.bands)
         return sum(part.area * len(group.heads) for group in self.groups for part in group.parts)
 
     @property
@@ -95,6 +100,8 @@ class Plan:
             }
             return sum(listed.values()), sum(listed.values())
         size = max(4, _BYTES[self.dtype])
+        if self.kernel == "flash":
+            return flash.workspace(self.calls, self.heads, len(self.queries), len(self.keys), self.width)
         if self.kernel == "reference":
             # Counts, scores, weights and their gradients are dense.
             scores = self.heads * len(self.queries) * len(self.keys) * size
@@ -134,7 +141,7 @@ class Plan:
         ]
         area = sum(heads * each for heads, each, _ in areas)
         bound = "" if all(exact for *_, exact in areas) else "up to "
-        return f"every {_listed(sorted(steps))}; contiguous blocks would compute {bound}{area:,}"
+        return f"every {listed(sorted(steps))}; contiguous blocks would compute {bound}{area:,}"
 
     def __str__(self) -> str:
         dense = self.heads * len(self.queries) * len(self.keys)
@@ -155,10 +162,10 @@ class Plan:
             *(("refused", f"{name}: {why}") for name, why in self.refused),
         ]
         lines = [f"  {label:<9}  {text}" for label, text in rows]
-        if self.kernel == "flex":
+        if self.calls:
             return "\n".join(["Plan", *lines, *map(str, self.calls)])
         for group in self.groups:
-            lines.append(f"  {_heads(group.heads)}")
+            lines.append(f"  {named(group.heads)}")
             lines.extend(f"    {_line(part)}" for part in group.parts)
             if not group.parts:
                 lines.append("    read nothing" if len(group.heads) > 1 else "    reads nothing")
@@ -189,25 +196,6 @@ def _size(number: int) -> str:
         if number >= unit:
             return f"{number / unit:,.1f} {name}"
     return f"{number} bytes"
-
-
-def _listed(numbers: list[int]) -> str:
-    *others, last = map(str, numbers)
-    return f"{', '.join(others)} and {last}" if others else last
-
-
-def _heads(numbers: range) -> str:
-    """Name some heads.
-
-    Example:
-        >>> _heads(range(3, 4)), _heads(range(8)), _heads(range(1, 8, 2)), _heads(range(0, 2))
-        ('head 3', 'heads 0 to 7', 'heads 1, 3 ... 7', 'heads 0 and 1')
-    """
-    if len(numbers) < 3:
-        return f"head{'s' * (len(numbers) > 1)} {_listed(list(numbers))}"
-    if numbers.step == 1:
-        return f"heads {numbers[0]} to {numbers[-1]}"
-    return f"heads {numbers[0]}, {numbers[1]} ... {numbers[-1]}"
 
 
 def _line(part: Part) -> str:
@@ -242,7 +230,7 @@ def plan(
         heads: number of query heads.
         width: numbers in a head's query.
         dtype: "float64", "float32", "bfloat16" or "float16".
-        kernel: "sdpa", "flex" or "reference" to insist on one; None takes the first that can run.
+        kernel: "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run.
         device: "cpu" or "cuda"; the device need not be there.
 
     Returns:
@@ -297,12 +285,21 @@ def _plan(
     if device == "cuda":
         refusals["sdpa"] = sdpa.device_refusal(device)
         refusals["flex"] = flex.dtype_refusal(dtype)
+        refusals["flash"] = flash.kind_refusal(device, dtype, width) or flash_refusal(
+            pattern, heads, queries, keys, asked=kernel == "flash"
+        )
     elif kernel == "flex":
         refusals["flex"] = refusals["reference"]
+    elif kernel == "flash":
+        refusals["flash"] = flash.kind_refusal(device, dtype, width)
     chosen, refused = choose(refusals, kernel, {"pattern": str(pattern)})
     grouped = head_groups(pattern, heads, queries, keys)
-    # Where the lists are made does not change them.
-    calls = family.groups(pattern, heads, queries, keys, torch.device("cpu")) if chosen == "flex" else ()
+    calls = ()
+    if chosen == "flex":
+        # Where the lists are made does not change them.
+        calls = family.groups(pattern, heads, queries, keys, torch.device("cpu"))
+    elif chosen == "flash":
+        calls = band_groups(grouped, len(queries))
     return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)
 
 
@@ -336,6 +333,15 @@ def choose(
             )
         )
     return asked or able[0], refused
+
+
+def flash_refusal(pattern: Pattern, heads: int, queries: range, keys: range, *, asked: bool) -> str | None:
+    """Say why flash attention does not take a pattern, or flex does it cheaper where it is not asked for by name."""
+    grouped = head_groups(pattern, heads, queries, keys)
+    found = band_groups(grouped, len(queries))
+    if isinstance(found, str):
+        return found
+    return None if asked else dearer(grouped, found, len(queries))
 
 
 def scores_refusal(needed: int) -> str | None:
