@@ -43,7 +43,7 @@ def apart(
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     with _one_thread():
-        context.set_forkserver_preload(["ring_cases", "model_cases"])
+        context.set_forkserver_preload(["ring_cases", "model_cases", "longspan.extend.extension"])
         given = (folder, ranks, timeout, job, arguments)
         processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(ranks)]
         for process in processes:

@@ -145,6 +145,14 @@ def command(
             show_default="chunked",
         ),
     ] = None,
+    sequence_ranks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Processes of torchrun that read each window together, split along the sequence; 0 is all.",
+            show_default="1",
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(metavar="N", help="Seed of all random choices.", show_default="0")
     ] = None,
@@ -172,7 +180,8 @@ def command(
     plain Hugging Face checkpoint that needs no Longspan.
 
     Killed at any moment, it goes on with --resume. The options are kept in recipe.yaml beside the result, and
-    --config with that file repeats the run. Several devices: torchrun --nproc-per-node 8 -m longspan extend ...
+    --config with that file repeats the run. Several devices: torchrun --nproc-per-node 8 -m longspan extend ..., each with
+    windows of its own, or with --sequence-ranks 0 all of them with a part of each window.
 
     Example: longspan extend --length 4096 --text novel.txt --output extended
     """
@@ -198,6 +207,7 @@ def command(
         "passkeys": passkeys,
         "activations": activations,
         "loss": loss,
+        "sequence_ranks": sequence_ranks,
         "seed": seed,
     }
     given = {name: value for name, value in asked.items() if value is not None}
@@ -274,5 +284,7 @@ def described(recipe: Any) -> str:
         parts.append("positions that skip")
     if recipe.documents == "packed":
         parts.append("packed documents")
+    if recipe.sequence_ranks != 1:
+        parts.append(f"each window on {recipe.sequence_ranks or 'all'} processes")
     windows = f"{recipe.batch * recipe.accumulate} x {recipe.window:,} tokens"
     return f"extending {model} to {recipe.length:,} tokens: {', '.join(parts)}, {recipe.steps} steps of {windows} of {text}"

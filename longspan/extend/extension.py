@@ -115,6 +115,23 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def together(recipe: Recipe) -> int:
+    """Return how many processes read each window together, or raise InputError where they cannot be divided so."""
+    number = recipe.sequence_ranks or ranks()
+    if ranks() % number or recipe.windows[0] < 2 * number:
+        raise InputError(
+            message(
+                "The processes cannot be divided among the windows.",
+                {
+                    "asked": f"{number} processes for each window of {recipe.windows[0]:,} tokens",
+                    "there are": f"{ranks()} processes",
+                },
+                fix="torchrun --nproc-per-node with a multiple of --sequence-ranks, and two tokens for each",
+            )
+        )
+    return number
+
+
 def _machine(device: torch.device) -> Machine:
     """Return what there is to train on here; its speed is not known, and nothing depends on it."""
     if device.type == "cuda":
@@ -142,6 +159,7 @@ class _Prepared:
         check_method(recipe.method)
         check_activations(recipe.activations, torch.device(device))
         recipe = settled(recipe)
+        self.together = together(recipe)
         patterns = [[parse(text) for text in recipe.patterns(window)] for window in recipe.windows]
         searching = recipe.rope == SEARCHED
         if searching:
@@ -166,7 +184,7 @@ class _Prepared:
         corpus = encode(training, self.tokenizer)
         corpus.require(recipe.window, name="the text to train on")
         self.windows = TrainingWindows(
-            corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks()
+            corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks() // self.together
         )
         self.size = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
@@ -187,6 +205,7 @@ class _Prepared:
             recipe,
             folder=folder.training,
             state=state,
+            together=self.together,
             progress=progress and progress(name, recipe.tokens(done)),
         )
         if steps < recipe.steps:

@@ -64,8 +64,11 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether one device holds the whole window."""
-        return self.memory.total <= self.machine.memory
+        """Whether one device holds the whole window, or its part of it where a window is shared."""
+        shared = self.recipe.sequence_ranks or self.machine.devices
+        if shared == 1:
+            return self.memory.total <= self.machine.memory
+        return self.ranks is not None and self.ranks <= shared
 
     @property
     def ranks(self) -> int | None:

@@ -32,6 +32,7 @@ _LEAST = {
     "accumulate": 1,
     "rank": 1,
     "seed": 0,
+    "sequence_ranks": 0,
 }
 _SHARE = re.compile(r"\{\s*(\d+)\s*/\s*([1-9]\d*)\s*\}")
 
@@ -70,6 +71,8 @@ class Recipe:
         activations: "kept" for the way back; "recomputed" on it, layer by layer: a third more time, far less memory;
             or "offloaded" to the CPU's memory from a CUDA device.
         loss: "chunked": logits of few tokens at a time; "whole": of all, as the model does it.
+        sequence_ranks: processes that read each window together, split along the sequence, which divide those that
+            there are; 0 is all of them.
         seed: of all random choices.
 
     Raises:
@@ -108,6 +111,7 @@ class Recipe:
     passkeys: float = 1.0
     activations: str = "kept"
     loss: str = "chunked"
+    sequence_ranks: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -15,8 +15,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -33,7 +35,9 @@ from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import set_pattern
+from longspan.hf.loader import share_batches
 from longspan.hf.quiet import quiet
+from longspan.hf.sequence import sequence_parallel
 from longspan.pattern import parse
 
 # States that are kept, the last ones; while the next one is written there is one more.
@@ -53,6 +57,7 @@ def train(
     *,
     folder: Path,
     state: Path | None = None,
+    together: int = 1,
     progress: Progress | None = None,
 ) -> int:
     """Train a model on the windows of a recipe and return the number of steps done.
@@ -66,6 +71,7 @@ def train(
         recipe: what is read, steps, batch, rate and seed.
         folder: where states are saved.
         state: the state to go on from, None to begin.
+        together: processes that read each window together; a state may go on with another number of them.
         progress: called after every step.
 
     Returns:
@@ -112,11 +118,13 @@ def train(
         _interrupts(stop),
         kept(causal, recipe.activations),
         chunked(causal) if recipe.loss == "chunked" else nullcontext(),
+        _split(causal, arguments.device.type, together) if together > 1 else nullcontext(),
     ):
         # peft and the loader of states still use names that torch and transformers have renamed.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", UserWarning)
         trainer = _Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[stop, reporting])
+        trainer.together = together
         trainer.add_callback(keeping)
         # It prints every figure that the progress already shows.
         trainer.remove_callback(PrinterCallback)
@@ -127,6 +135,14 @@ def train(
         # The Trainer leaves the model wrapped in autocast, which would change what it computes from now on.
         trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer.state.global_step
+
+
+def _split(model: PreTrainedModel, kind: str, together: int) -> AbstractContextManager[Any]:
+    """Let neighbouring processes read each window together."""
+    mesh = init_device_mesh(
+        kind, (torch.distributed.get_world_size() // together, together), mesh_dim_names=("data", "sequence")
+    )
+    return sequence_parallel(model, group=mesh["sequence"])
 
 
 def trained_bytes(model: nn.Module) -> int:
@@ -144,6 +160,10 @@ class _Trainer(Trainer):
         self.recipe: Recipe = self.train_dataset.recipe
         self._window = 0
         self._batch: dict[int, list[int]] = {}
+        self.together = 1
+
+    def get_train_dataloader(self) -> Any:
+        return share_batches(super().get_train_dataloader(), self.together)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any, **options: Any

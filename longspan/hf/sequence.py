@@ -6,6 +6,7 @@ import inspect
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import torch
@@ -268,7 +269,13 @@ def sequence_parallel(
         set_pattern(causal, Causal())
     split = Split(causal, members, layout, strategy)
     replaced = "forward" in vars(causal)
-    causal.forward = split.forward
+
+    # A function, since accelerate binds methods anew.
+    @wraps(split.own)
+    def forward(*positional: Any, **named: Any) -> Any:
+        return split.forward(*positional, **named)
+
+    causal.forward = forward
     try:
         yield split
     finally:

@@ -1,0 +1,105 @@
+"""Windows that several processes read together train the same model, whatever their number, and after an interruption."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import together
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, llama
+
+from longspan.errors import InputError
+from longspan.extend import extension, training
+from longspan.extend.recipe import Recipe
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    folder = tmp_path_factory.mktemp("ring")
+    model = llama(positions=64)
+    model.save_pretrained(folder / "tiny")
+    byte_tokenizer(opening=True).save_pretrained(folder / "tiny")
+    text = "".join(f"Chapter {n}. It was the {n}th of May, and nothing happened.\n" for n in range(60))
+    (folder / "novel.txt").write_text(text)
+    return Recipe(
+        model=str(folder / "tiny"),
+        text=str(folder / "novel.txt"),
+        length=250,
+        documents="packed",
+        pattern="Streaming(32, sinks=4)",
+        steps=STEPS,
+        batch=1,
+        accumulate=2,
+        rank=2,
+        sequence_ranks=0,
+    )
+
+
+def process(rank: int, recipe: Recipe | None, output: Path, stop: int) -> list[float] | str:
+    """Extend a model, or go on with it, as one process of those that torchrun starts; stop after so many steps."""
+    world = str(torch.distributed.get_world_size())
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    # Rounding to bfloat16 would hide what is compared here.
+    training.bfloat16_is_fast = lambda on_cpu: False
+    losses = []
+
+    def progress(name: str, done: int) -> Any:
+        def report(done: int, total: int, *, loss: float) -> None:
+            losses.append(loss)
+            if len(losses) == stop and rank == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        return report
+
+    try:
+        if recipe is None:
+            extension.resume(output, progress=progress)
+        else:
+            extension.extend(recipe, output, progress=progress)
+    except extension.Interrupted as interrupted:
+        return f"stopped after {interrupted.step}"
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_any_number_of_processes_trains_the_same_model(recipe: Recipe, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(training, "bfloat16_is_fast", lambda on_cpu: False)
+    alone: list[float] = []
+    extension.extend(
+        recipe,
+        tmp_path / "alone",
+        progress=lambda name, done: lambda done, total, *, loss: alone.append(loss),
+    )
+    # Two of them begin, three go on.
+    output = tmp_path / "together"
+    # A loss is told after the step that it belongs to, so the stop is one step later.
+    stopped = together(tmp_path / "two", 2, process, recipe, output, 1)
+    assert stopped == ["stopped after 2"] * 2
+    assert (output / "training" / "checkpoint-2" / "whole.json").exists()
+    went_on = together(tmp_path / "three", 3, process, None, output, 0)
+    assert went_on[0] == went_on[1] == went_on[2]
+    assert went_on[0] == pytest.approx(alone[2:], abs=2e-6)
+    whole, shared = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", output))
+    assert whole.keys() == shared.keys()
+    for name in whole:
+        torch.testing.assert_close(shared[name], whole[name], rtol=0, atol=1e-5)
+
+
+def test_processes_that_cannot_be_divided_are_refused(recipe: Recipe, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError) as refused:
+        extension.together(Recipe(length=250, sequence_ranks=3))
+    assert str(refused.value) == (
+        "The processes cannot be divided among the windows.\n"
+        "  asked      3 processes for each window of 250 tokens\n"
+        "  there are  4 processes\n"
+        "  try        torchrun --nproc-per-node with a multiple of --sequence-ranks, and two tokens for each"
+    )
