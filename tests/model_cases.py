@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from longspan.errors import LongspanError
 from longspan.extend.loss import chunked
-from longspan.hf import sequence_parallel, set_pattern
+from longspan.hf import PatternCache, held, sequence_parallel, set_pattern
 from longspan.layout import contiguous, striped, zigzag
 from longspan.pattern import Causal, LongMixed, LongNet, Streaming
 
@@ -169,7 +169,9 @@ def refusals(rank: int) -> list[str]:
     refused(input_ids=ids[:, : 20 + rank])
     refused(input_ids=ids[:, :2])
     refused(input_ids=ids, attention_mask=torch.ones(2, 1, LENGTH, LENGTH))
-    refused(input_ids=ids, past_key_values=DynamicCache(config=model.config))
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids, past_key_values=cache)
+    refused(input_ids=ids, past_key_values=cache)
     set_pattern(model, Streaming(8 + rank))
     refused(input_ids=ids)
     # After all that, ranks that agree go on.
@@ -177,3 +179,28 @@ def refusals(rank: int) -> list[str]:
     with sequence_parallel(model):
         model(input_ids=ids)
     return said
+
+
+def written(rank: int) -> list[str]:
+    """Write on after padded rows with a cache that is split among ranks, and hold the tokens to one process."""
+    wrong = []
+    held.BLOCK = 8
+    ids, mask = tokens(ROWS, 23), padding("left", ROWS, 23)
+    for name, pattern, given in (
+        ("window and sinks", PATTERN, {}),
+        ("beams", [LongMixed(8), LongNet((8, 32), (1, 2))], {"num_beams": 2}),
+    ):
+        model = model_of(FULL["llama"], num_hidden_layers=2)
+        set_pattern(model, pattern)
+        options = given | {"max_new_tokens": 24, "do_sample": False, "attention_mask": mask}
+        alone = model.generate(ids, past_key_values=PatternCache(model), **options)
+        with sequence_parallel(model):
+            found = model.generate(ids, return_dict_in_generate=True, **options)
+        if not torch.equal(found.sequences, alone):
+            wrong.append(f"{name}: {found.sequences.tolist()}, not {alone.tolist()}")
+        kept = torch.tensor([layer.positions.shape[1] for layer in found.past_key_values.layers])
+        dist.all_reduce(kept)
+        # A window of 9 and 2 sinks, of rows that begin apart, and what has come since keys were let go.
+        if name == "window and sinks" and kept.max() > 9 + 2 * ROWS + held.BLOCK:
+            wrong.append(f"{name}: {kept.tolist()} keys are held")
+    return wrong

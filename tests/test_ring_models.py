@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from hf_models import FULL, model_of
-from model_cases import equal, refusals, trained
+from model_cases import equal, refusals, trained, written
 from ranks import together
 
 from longspan.errors import InputError
@@ -23,6 +23,10 @@ def test_models_equal_one_process(ranks: int, tmp_path: Path):
 def test_texts_split_among_ranks_train_beside_others(tmp_path: Path):
     """Two texts at a time, each on two ranks, with weights whole (DDP) and in shards (FSDP2)."""
     assert together(tmp_path, 4, trained) == [[]] * 4
+
+
+def test_a_cache_split_among_ranks_writes_the_same_tokens(tmp_path: Path):
+    assert together(tmp_path, 3, written) == [[]] * 3
 
 
 def test_what_cannot_be_split_is_refused(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import date
 from difflib import get_close_matches
 from pathlib import Path
@@ -98,6 +99,7 @@ def command(
     Perplexity: the same held-out tokens, predicted from contexts of every length.
     Passkeys: five digits hidden in a long text and asked for at its end.
     More with --tasks: needles, chains of variables, frequent words (in the manner of RULER), speed and memory.
+    Under torchrun every text is split among the processes, so that it need not fit on one device.
 
     Example: longspan eval default out --lengths 512,2k,8k --tasks all --report report.html
     """
@@ -106,6 +108,7 @@ def command(
 
     from longspan.cli.device import device as device_named
     from longspan.cli.progress import Progress
+    from longspan.cli.ranks import own_device, ranks
     from longspan.evaluate.chart import chart
     from longspan.evaluate.evaluation import GROUPS, MEASURES, Protocol, evaluate
     from longspan.evaluate.page import save
@@ -114,6 +117,7 @@ def command(
     from longspan.evaluate.table import table
     from longspan.hf.attention import set_pattern
     from longspan.hf.model import load_config, load_model
+    from longspan.hf.sequence import sequence_parallel
     from longspan.pattern.expression import parse
     from longspan.text.documents import documents, split
     from longspan.text.encoding import encode
@@ -129,7 +133,7 @@ def command(
         measures=parse_measures(tasks, MEASURES, GROUPS),
     )
     sparse = None if pattern is None else parse(pattern)
-    place = device_named(device)
+    place = own_device(device_named(device))
     check_output(json, (".json",))
     check_output(picture, _PICTURES)
     check_output(report, _REPORTS)
@@ -159,22 +163,34 @@ def command(
     held = split(documents(text, column=column))[1]
 
     evaluations = []
-    with Progress() as progress:
+    with ranks(place) as (rank, number), Progress() as progress:
+        if number > 1 and "speed" in protocol.measures:
+            raise InputError(
+                message(
+                    "Speed is measured on one device.",
+                    {"asked": f"--tasks {tasks} on {number} processes"},
+                    fix="longspan eval --tasks speed without torchrun",
+                )
+            )
         for source, label in zip(sources, named, strict=True):
             model, tokenizer = load_model(source, device=place)
             if sparse is not None:
                 set_pattern(model, sparse)
-            evaluations.append(
-                evaluate(
-                    model,
-                    tokenizer,
-                    encode(held, tokenizer),
-                    label=label,
-                    source=source,
-                    protocol=protocol,
-                    progress=progress.task,
+            with sequence_parallel(model) if number > 1 else nullcontext():
+                evaluations.append(
+                    evaluate(
+                        model,
+                        tokenizer,
+                        encode(held, tokenizer),
+                        label=label,
+                        source=source,
+                        protocol=protocol,
+                        progress=progress.task if rank == 0 else None,
+                    )
                 )
-            )
+    if rank > 0:
+        # All have found the same; one says so.
+        return
     found = Report(
         text or f"the standard library of Python {python_version()}",
         len(held),

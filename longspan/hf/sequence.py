@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longspan.errors import InputError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules, reset, set_pattern
 from longspan.hf.batch import SHARED
+from longspan.hf.held import HeldCache, held_cache
 from longspan.hf.shards import shared
 from longspan.layout import Layout, zigzag
 from longspan.pattern import Causal
@@ -70,6 +71,11 @@ class Split:
     def forward(self, *positional: Any, **named: Any) -> Any:
         """Do what the model's own forward does, of which every rank is given the same whole batch."""
         given = self._bound(positional, named)
+        cache = held_cache(given.get("past_key_values"))
+        if cache is not None:
+            # A few new tokens are read by all ranks alike, but for the keys, of which each holds some.
+            self._same(given)
+            return self.own(**given)
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         rows, length = tokens.shape[:2]
@@ -84,7 +90,15 @@ class Split:
         if positions is None:
             positions = torch.arange(length, device=tokens.device)[None]
         cut = {name: given[name][:, at] for name in _COLUMNS if given.get(name) is not None}
-        options = given | cut | {"position_ids": positions[:, at], "use_cache": False}
+        writes = bool(given.pop("use_cache", False))
+        given.pop("past_key_values", None)
+        options = given | cut | {"position_ids": positions[:, at], "use_cache": writes}
+        if writes:
+            if mask is None and len(batch.segments) > 1:
+                raise self._refused(
+                    ["a row holds several documents, and only one of them can be gone on with"]
+                )
+            options["past_key_values"] = HeldCache(self.model, self.group)
         if labels is not None:
             # The token that is guessed at the end of a piece stands at the beginning of another.
             after = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
@@ -127,19 +141,23 @@ class Split:
             for name in ("attention_mask", "position_ids", "labels")
             if name in given and given[name].dim() != 2
         ]
-        if "past_key_values" in given:
+        cache = given.get("past_key_values")
+        if cache is not None and cache.get_seq_length() and held_cache(cache) is None:
             reasons.append("keys of earlier tokens are given, which lie on one rank")
         if given.get("output_router_logits"):
             reasons.append("the loss of experts is asked for, which is no sum over tokens")
         if reasons:
-            raise ShapeError(
-                message(
-                    "This batch cannot be split among ranks.",
-                    {"model": type(self.model).__name__, "why": reasons},
-                    fix="input_ids, attention_mask, position_ids and labels of whole texts, use_cache=False",
-                )
-            )
+            raise self._refused(reasons)
         return given
+
+    def _refused(self, reasons: list[str]) -> ShapeError:
+        return ShapeError(
+            message(
+                "This batch cannot be split among ranks.",
+                {"model": type(self.model).__name__, "why": reasons},
+                fix="input_ids, attention_mask, position_ids and labels of whole texts, use_cache=False",
+            )
+        )
 
     def _agree(
         self, given: dict[str, Any], mask: Any, positions: Any, labels: Any, rows: int, length: int
@@ -158,6 +176,9 @@ class Split:
             "gradients": "wanted" if torch.is_grad_enabled() else "not wanted",
         }
         agree(self.group, facts, None)
+        self._same(named)
+
+    def _same(self, named: dict[str, Any]) -> None:
         whole = (value for name, value in sorted(named.items()) if isinstance(value, Tensor))
         sums = [
             zlib.crc32(value.contiguous().cpu().numpy()) for value in whole if not value.is_floating_point()
@@ -226,7 +247,7 @@ def sequence_parallel(
 
     The law: every rank calls the model with the same whole batch, and gets the loss that one process gets, and the
     logits of its own tokens, those at `split.layout(length).positions(split.rank)`; with `logits_to_keep`, the last
-    logits, on every rank. The ids, positions and labels are cut by the layout after labels have been shifted, padding
+    logits, on every rank, so `generate` writes on, from a cache of which each rank keeps a part. The ids, positions and labels are cut by the layout after labels have been shifted, padding
     and packed documents are those of the whole row, and keys move as `longspan.ring` plans it. After `backward` the
     *mean* over ranks of the gradients is the gradient, which is what DistributedDataParallel and FSDP2 make of them.
 

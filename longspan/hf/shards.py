@@ -43,11 +43,33 @@ class Shared(Batch):
         group: the ranks.
         strategy: how keys get from one to another, None for the cheapest way.
         shares: what this rank holds of each segment.
+        length: columns of the whole batch.
     """
 
     group: dist.ProcessGroup
     strategy: str | None
     shares: tuple[Share, ...]
+    length: int
+
+    def positions(self) -> Tensor:
+        """Return where the columns of this rank stand in their own sequences, int64 `shape`, -1 for padding."""
+        found = torch.full(self.shape, -1)
+        rank = dist.get_rank(self.group)
+        for share in self.shares:
+            rows, columns = (
+                part.cpu() if isinstance(part, Tensor) else part for part in (share.rows, share.columns)
+            )
+            if isinstance(rows, Tensor) and isinstance(columns, Tensor):
+                rows = rows[:, None]
+            found[rows, columns] = torch.from_numpy(share.layout.positions(rank))
+        return found
+
+    def lengths(self) -> Tensor:
+        """Return how many tokens the last sequence of each row has, int64 `[rows]`."""
+        found = torch.zeros(self.shape[0], dtype=torch.int64)
+        for share in self.shares:
+            found[share.rows.cpu() if isinstance(share.rows, Tensor) else share.rows] = share.layout.length
+        return found
 
     def attend(
         self,
@@ -120,6 +142,7 @@ def shared(
         group=group,
         strategy=strategy,
         shares=tuple(_share(segment, layout, own) for segment in segments),
+        length=length,
     )
 
 
