@@ -99,7 +99,18 @@ class Layout:
                 tuple(even for piece in shard for even in _even(_found(piece, np.asarray(tokens))))
                 for shard in self.shards
             )
-        return Layout(self.name, len(tokens), shards)
+        return Layout(f"part of {self.name}", len(tokens), shards)
+
+    def rows(self, size: int) -> Layout:
+        """Return the layout whose ranks each hold what `size` neighbouring ranks of this one hold.
+
+        Example:
+            >>> contiguous(8, ranks=4).rows(2).shards
+            ((range(0, 4),), (range(4, 8),))
+        """
+        shards = (self.shards[first : first + size] for first in range(0, self.ranks, size))
+        joined = tuple(_joined([piece for shard in row for piece in shard]) for row in shards)
+        return Layout(f"{self.name} by {size}", self.length, joined)
 
     def __str__(self) -> str:
         return f"{self.name}, {self.length:,} tokens on {self.ranks:,} ranks"
@@ -115,6 +126,17 @@ def _between(piece: range, tokens: range) -> range:
     last = max(first, -((piece.start - tokens.stop) // piece.step))
     cut = piece[first:last]
     return range(cut.start - tokens.start, cut.stop - tokens.start, cut.step)
+
+
+def _joined(pieces: list[range]) -> tuple[range, ...]:
+    """Return pieces in the order of the text, neighbours as one."""
+    made: list[range] = []
+    for piece in sorted(pieces, key=lambda piece: piece.start):
+        if made and made[-1].step == piece.step == 1 and made[-1].stop == piece.start:
+            made[-1] = range(made[-1].start, piece.stop)
+        else:
+            made.append(piece)
+    return tuple(made)
 
 
 def _found(piece: range, tokens: np.ndarray) -> np.ndarray:

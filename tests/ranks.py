@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,9 @@ def apart(
     folder.mkdir(exist_ok=True)
     context = multiprocessing.get_context("forkserver")
     with _one_thread():
-        context.set_forkserver_preload(["ring_cases", "model_cases", "longspan.extend.extension"])
+        # Where models are tested too, the server has them ready.
+        models = ["model_cases", "longspan.extend.extension"] if "transformers" in sys.modules else []
+        context.set_forkserver_preload(["ring_cases", *models])
         given = (folder, ranks, timeout, job, arguments)
         processes = [context.Process(target=_rank, args=(rank, *given), daemon=True) for rank in range(ranks)]
         for process in processes:

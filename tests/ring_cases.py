@@ -12,10 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from test_kernel_matrix import PATTERNS
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan import Causal, PerHead, SlidingWindow, Streaming, Window, attend, ring
 from longspan.layout import Layout, contiguous, striped, zigzag
 from longspan.pattern import Pattern
+from longspan.ring import grid
 from longspan.ring.plan import settled
 from longspan.score import ALiBi, Score, Sinks, SoftCap
 
@@ -117,8 +119,29 @@ def compare(rank: int, truths: Path) -> list[str]:
     return wrong
 
 
+def compare_on_a_grid(rank: int, truths: Path) -> list[str]:
+    """Do as `compare` does on two rows and two columns of ranks; return what is wrong."""
+    sys.modules["longspan.ring.plan"].SIZE = SIZE
+    wrong = []
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
+    for number, (case, truth) in enumerate(zip(CASES, torch.load(truths), strict=True)):
+        if case in SCORED or (case in OTHERS and case.length > 2) or number % 5 == 0:
+            layout = LAYOUTS[number % 3](case.length, 4)
+            strategy = (None, *grid.COLUMN)[number % 4]
+            wrong += [
+                f"{case} on {layout} by {strategy}: {fault}"
+                for fault in faults(rank, case, truth, layout, strategy, mesh)
+            ]
+    return wrong
+
+
 def faults(
-    rank: int, case: Case, truth: list[torch.Tensor], layout: Layout, strategy: str | None
+    rank: int,
+    case: Case,
+    truth: list[torch.Tensor],
+    layout: Layout,
+    strategy: str | None,
+    mesh: DeviceMesh | None = None,
 ) -> Iterator[str]:
     at = torch.from_numpy(layout.positions(rank))
     *given, into = (side[:, :, at] for side in case.tensors())
@@ -126,7 +149,9 @@ def faults(
     scores = case.scores()
     leaves += [score.logits for score in scores if isinstance(score, Sinks)]
     with sending() as forward:
-        output = ring.attend(*leaves[:3], case.pattern, layout=layout, strategy=strategy, scores=scores)
+        output = ring.attend(
+            *leaves[:3], case.pattern, layout=layout, group=mesh, strategy=strategy, scores=scores
+        )
     with sending() as backward:
         gradients = torch.autograd.grad(output, leaves, into)
     for gradient in gradients[3:]:
@@ -141,8 +166,11 @@ def faults(
         off = (got - right).abs().max().item() if right.numel() else 0.0
         if got.shape != right.shape or not off <= allowed:
             yield f"{name} is off by {off:.1e}"
-    planned = settled(
-        case.pattern, layout, case.heads, case.widths, case.batch * given[0].element_size(), strategy
+    shape = case.heads, case.widths, case.batch * given[0].element_size(), strategy
+    planned = (
+        settled(case.pattern, layout, *shape)
+        if mesh is None
+        else grid.settled_grid(case.pattern, layout, 2, *shape)
     )
     for way, sent, column in (("forward", forward, planned.moved), ("backward", backward, planned.gradients)):
         if sum(sent) != column[:, rank].sum():
@@ -153,16 +181,16 @@ def faults(
 def sending() -> Iterator[list[int]]:
     """Collect the bytes that this rank sends to others, as torch.distributed is told to send them."""
     sent: list[int] = []
-    rank, ranks = dist.get_rank(), dist.get_world_size()
     kept = dist.batch_isend_irecv, dist.broadcast
 
     def batch(operations: list[dist.P2POp]) -> Any:
         sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
         return kept[0](operations)
 
-    def broadcast(tensor: torch.Tensor, *, group_src: int, **options: Any) -> Any:
-        sent.append((ranks - 1) * tensor.nbytes if group_src == rank else 0)
-        return kept[1](tensor, group_src=group_src, **options)
+    def broadcast(tensor: torch.Tensor, *, group: Any, group_src: int, **options: Any) -> Any:
+        others = dist.get_world_size(group) - 1
+        sent.append(others * tensor.nbytes if group_src == dist.get_rank(group) else 0)
+        return kept[1](tensor, group=group, group_src=group_src, **options)
 
     dist.batch_isend_irecv, dist.broadcast = batch, broadcast
     try:

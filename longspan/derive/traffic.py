@@ -244,7 +244,7 @@ def load(pattern: Pattern, layout: Layout, *, heads: int = 1) -> np.ndarray:
     alike = Counter(pattern.at_head(head, heads) for head in range(heads))
     pairs = np.zeros(layout.ranks, dtype=np.int64)
     for single, times in alike.items():
-        if layout.name == "striped":
+        if layout.name not in ("contiguous", "zigzag"):
             pairs += times * np.array(
                 [sum(_pairs(single, piece, layout.length) for piece in shard) for shard in layout.shards]
             )

@@ -13,7 +13,7 @@ from longspan.attend import attend as attend_alone
 from longspan.errors import LongspanError, message
 from longspan.layout import Layout
 from longspan.pattern import Pattern
-from longspan.ring import rotation, ulysses
+from longspan.ring import grid, rotation, ulysses
 from longspan.ring.agreement import agree
 from longspan.ring.plan import STRATEGIES, settled
 from longspan.ring.transport import RankError
@@ -43,8 +43,11 @@ def attend(
         value: `[batch, key heads, places, value width]`.
         pattern: which keys each query reads, and how often, in absolute positions.
         layout: how positions lie on ranks: `contiguous`, `zigzag` or `striped` of `longspan.layout`.
-        group: a process group or a one-dimensional DeviceMesh, gloo on CPU or NCCL on GPU; None for all ranks.
-        strategy: "exchange", "ring", "ulysses" or "gather"; None takes the cheapest, see `longspan.ring.plan`.
+        group: a process group or a one-dimensional DeviceMesh, gloo on CPU or NCCL on GPU; None for all ranks. On a
+            two-dimensional mesh the ranks of each row swap tokens for heads, and keys move along the columns; its
+            rank in row i and column j has number `i * columns + j` in the layout.
+        strategy: "exchange", "ring", "ulysses" or "gather"; None takes the cheapest, see `longspan.ring.plan`. On a
+            two-dimensional mesh, that of the columns.
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
         scores: what changes them beside the pattern, as for `longspan.attend`. The gradient of the logits of
             `Sinks` is that of this rank's queries: like those of other weights, it is to be summed over ranks.
@@ -75,7 +78,9 @@ def attend(
         Liu et al., Ring Attention (arXiv 2310.01889), section 3; Jacobs et al., DeepSpeed Ulysses
         (arXiv 2309.14509), section 3.
     """
+    mesh = group if isinstance(group, DeviceMesh) and group.ndim == 2 else None
     members = group_of(group)
+    number = dist.get_rank(members) if mesh is None else grid.number(mesh)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     sides = {"query": query, "key": key, "value": value}
     described = {name: f"{[*side.shape[:2], *side.shape[3:]]} {side.dtype}" for name, side in sides.items()}
@@ -89,7 +94,21 @@ def attend(
         "scores": _described(scores),
         "gradients": "wanted" if wants else "not wanted",
     }
-    agree(members, facts, _problem((query, key, value), pattern, layout, members, strategy, scores))
+    if mesh is not None:
+        facts["mesh"] = " x ".join(map(str, mesh.shape))
+    problem = _problem((query, key, value), pattern, layout, (number, members), strategy, scores)
+    agree(members, facts, problem or (mesh and grid.problem(mesh, query.shape[1], strategy)))
+    if mesh is not None:
+        return grid.attend(
+            query,
+            key,
+            value,
+            pattern,
+            layout=layout,
+            mesh=mesh,
+            strategy=strategy,
+            changes=(scale, collect(scores, query.shape[1])),
+        )
     return attend_agreed(
         query,
         key,
@@ -138,8 +157,10 @@ def group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:
                 fix="torch.distributed.init_process_group() in a program that torchrun starts",
             )
         )
-    if group is None:
+    if group is None or (isinstance(group, DeviceMesh) and group.size() == dist.get_world_size()):
         return dist.group.WORLD
+    if isinstance(group, DeviceMesh) and group.ndim > 1:
+        return group._flatten().get_group()
     return group.get_group() if isinstance(group, DeviceMesh) else group
 
 
@@ -156,12 +177,12 @@ def _problem(
     sides: tuple[Tensor, Tensor, Tensor],
     pattern: Pattern,
     layout: Layout,
-    group: dist.ProcessGroup,
+    member: tuple[int, dist.ProcessGroup],
     strategy: str | None,
     scores: Score | Sequence[Score],
 ) -> str | None:
     """Say what is wrong with the arguments of this rank, or None where nothing is."""
-    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    rank, ranks = member[0], dist.get_world_size(member[1])
     if layout.ranks != ranks:
         return f"the layout is for {layout.ranks} ranks, and there are {ranks}"
     if strategy is not None and strategy not in STRATEGIES:

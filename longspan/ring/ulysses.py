@@ -32,20 +32,15 @@ def attend(
     """Return the output of this rank's queries, differentiable; every rank of the group calls it alike."""
     layout, rank = plan.layout, dist.get_rank(group)
     both = [plan.share(other) for other in range(layout.ranks)]
-    query, key, value = _Swap.apply(
+    query, key, value = Swap.apply(
         layout, group, [(mine, read, read) for mine, read in both], query, key, value
     )
     order = torch.from_numpy(layout.order()).to(query.device)
     heads, key_heads = both[rank]
     if heads:
-        # Neighbouring query heads read neighbouring key heads; where they do not share them equally, each gets its own.
-        group_size = plan.heads // plan.key_heads
-        if len(heads) % len(key_heads) or any(
-            (head // group_size - key_heads[0]) != number // (len(heads) // len(key_heads))
-            for number, head in enumerate(heads)
-        ):
-            own = torch.tensor([head // group_size - key_heads[0] for head in heads], device=key.device)
-            key, value = key[:, own], value[:, own]
+        own = repeated(heads, key_heads, plan.heads // plan.key_heads)
+        if own is not None:
+            key, value = (side[:, torch.tensor(own, device=side.device)] for side in (key, value))
         pattern = PerHead([plan.pattern.at_head(head, plan.heads) for head in heads])
         output = attend_alone(
             *(side[:, :, order] for side in (query, key, value)),
@@ -61,10 +56,17 @@ def attend(
         if changes.sinks is not None:
             nothing = nothing + 0 * changes.sinks.sum()
         output = nothing + query.new_zeros((*query.shape[:3], value.shape[3]))
-    return _Return.apply(layout, group, [(mine,) for mine, _ in both], output)[0]
+    return Return.apply(layout, group, [(mine,) for mine, _ in both], output)[0]
 
 
-class _Swap(torch.autograd.Function):
+def repeated(heads: range, key_heads: range, group: int) -> list[int] | None:
+    """Return which key head each of some neighbouring query heads reads, where they do not share them equally."""
+    own = [head // group - key_heads[0] for head in heads]
+    each, rest = divmod(len(heads), len(key_heads))
+    return None if not rest and own == [number // each for number in range(len(heads))] else own
+
+
+class Swap(torch.autograd.Function):
     """All heads of this rank's tokens, for all tokens of this rank's heads."""
 
     @staticmethod
@@ -78,7 +80,7 @@ class _Swap(torch.autograd.Function):
         return (None, None, None, *_to_tokens(layout, group, shares, grads, heads, "backward"))
 
 
-class _Return(torch.autograd.Function):
+class Return(torch.autograd.Function):
     """All tokens of this rank's heads, for all heads of this rank's tokens."""
 
     @staticmethod
