@@ -6,6 +6,7 @@ other in the tensors of the rank. Its *places* count along those tensors from 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -92,14 +93,30 @@ class Layout:
             >>> zigzag(10, ranks=2).within(range(1, 9)).shards
             ((range(0, 1), range(6, 8)), (range(1, 4), range(4, 6)))
         """
-        if isinstance(tokens, range) and tokens.step == 1:
-            shards = tuple(_held(*(_between(piece, tokens) for piece in shard)) for shard in self.shards)
+        if isinstance(tokens, range):
+            met = ((_met(piece, tokens) for piece in shard) for shard in self.shards)
+            shards = tuple(_held(*(_counted(some, tokens) for some in shard)) for shard in met)
         else:
             shards = tuple(
                 tuple(even for piece in shard for even in _even(_found(piece, np.asarray(tokens))))
                 for shard in self.shards
             )
         return Layout(f"part of {self.name}", len(tokens), shards)
+
+    def places_of(self, rank: int, tokens: range) -> tuple[range, ...]:
+        """Return where the tokens that a rank holds of some lie in its tensors, in the order of `within(tokens)`.
+
+        Example:
+            >>> zigzag(10, ranks=2).places_of(0, range(1, 10, 3))
+            (range(1, 2, 3), range(2, 3, 3))
+        """
+        found = []
+        for piece, taken in zip(self.shards[rank], self.pieces(rank), strict=True):
+            met = _met(piece, tokens)
+            if met:
+                places = _counted(met, piece)
+                found.append(range(taken.start + places.start, taken.start + places.stop, places.step))
+        return tuple(found)
 
     def rows(self, size: int) -> Layout:
         """Return the layout whose ranks each hold what `size` neighbouring ranks of this one hold.
@@ -120,12 +137,26 @@ def _positions(pieces: Iterable[range]) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *(np.asarray(piece) for piece in pieces)])
 
 
-def _between(piece: range, tokens: range) -> range:
-    """Return the positions of a piece that lie in a stretch of tokens, counted from its beginning."""
-    first = max(0, -((piece.start - tokens.start) // piece.step))
-    last = max(first, -((piece.start - tokens.stop) // piece.step))
-    cut = piece[first:last]
-    return range(cut.start - tokens.start, cut.stop - tokens.start, cut.step)
+def _met(one: range, other: range) -> range:
+    """Return what two progressions have in common."""
+    common = math.gcd(one.step, other.step)
+    if (other.start - one.start) % common or not (one and other):
+        return range(0)
+    step = one.step // common * other.step
+    # Chinese remainders: the first number from `one.start` on that lies in both.
+    turns = (other.start - one.start) // common * pow(one.step // common, -1, other.step // common)
+    first = one.start + one.step * (turns % (other.step // common))
+    # Both must have begun.
+    first += max(0, -((first - other.start) // step)) * step
+    return range(first, max(first, min(one.stop, other.stop)), step)
+
+
+def _counted(some: range, tokens: range) -> range:
+    """Return the places that some of the tokens have among them."""
+    if not some:
+        return range(0)
+    first, last = ((position - tokens.start) // tokens.step for position in (some[0], some[-1]))
+    return range(first, last + 1, some.step // tokens.step)
 
 
 def _joined(pieces: list[range]) -> tuple[range, ...]:

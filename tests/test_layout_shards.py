@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from strategies import LENGTHS
 
 from longspan.derive.traffic import load
@@ -72,3 +74,22 @@ def test_impossible_layouts_are_refused(given: tuple[int, int]):
         f"  asked  length={given[0]}, ranks={given[1]}\n"
         "  try    zigzag(32768, ranks=8)"
     )
+
+
+@given(st.sampled_from([contiguous, zigzag, striped]), st.integers(0, 60), st.integers(1, 5), st.data())
+def test_some_tokens_lie_where_the_text_does(layout, length: int, ranks: int, data: st.DataObject):
+    made = layout(length, ranks)
+    first, last = sorted(data.draw(st.tuples(st.integers(0, length), st.integers(0, length))))
+    some = range(first, last, data.draw(st.integers(1, 7)))
+    listed = np.array(
+        sorted(data.draw(st.sets(st.integers(0, max(0, length - 1)))) if length else []), dtype=int
+    )
+    for tokens in (some, listed):
+        for rank in range(ranks):
+            held = made.positions(rank)
+            places = np.flatnonzero(np.isin(held, tokens))
+            expected = np.searchsorted(np.asarray(tokens), held[places])
+            assert made.within(tokens).positions(rank).tolist() == expected.tolist()
+            if tokens is some:
+                found = [place for piece in made.places_of(rank, tokens) for place in piece]
+                assert found == places.tolist()
