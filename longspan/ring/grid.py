@@ -104,7 +104,7 @@ def plan_grid(
         >>> from longspan.layout import zigzag
         >>> found = plan_grid(Causal(), zigzag(4096, ranks=8), columns=2, heads=4)
         >>> found.balance, int(found.moved.sum(axis=1).max())
-        (1.0, 1572864)
+        (1.0, 4194304)
     """
     why = _problem((layout.ranks // max(1, columns), columns), heads, strategy)
     if why is None and layout.ranks % columns:
