@@ -40,6 +40,7 @@ gpu: $(READY)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("There is no CUDA device here, so nothing was run. On a machine with one, install a CUDA build of torch into .venv.")'
 	$(BIN)/python -m pytest tests -k cuda -W default
 	$(BIN)/python benchmarks/attention.py --device cuda --dtype bfloat16 --json out/attention-cuda.json
+	$(BIN)/python benchmarks/gpu.py --json benchmarks/gpu.json --table benchmarks/gpu.md
 
 picture: $(READY)
 	$(BIN)/python docs/patterns.py

@@ -1,0 +1,445 @@
+"""Measure everything about one CUDA device in one run: rates, planning, memory, a billion tokens, and exactness.
+
+The yardstick is a matrix product of 8192 x 8192 x 8192 in bfloat16, measured in the same run. A pattern of P pairs takes
+4 · width · P floating-point operations forward and 10 · width · P backward; what a kernel computes and masks away does
+not count. Each table stands for itself: where one fails, the others are still made, and the program ends with an error.
+
+    python benchmarks/gpu.py --json out/gpu.json --table out/gpu.md
+    python benchmarks/gpu.py --only window,stream
+    python benchmarks/gpu.py --device cpu --toy
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from listing import machine, page
+from stream import generated, mixture, read
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from longspan import (
+    S2,
+    SCCA,
+    Causal,
+    LongMixed,
+    LongNet,
+    SlidingWindow,
+    Streaming,
+    attend,
+    attend_with_lse,
+    plan,
+)
+from longspan.derive.cost import cost
+from longspan.kernel import bands, family, parts
+from longspan.kernel import plan as plan_module
+from longspan.pattern import Pattern
+
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+_FORWARD, _BACKWARD = 4, 10
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured at which size; lengths in tokens."""
+
+    product: int = 8_192
+    dense: int = 32_768
+    window: int = 4_096
+    medium: int = 131_072
+    long: int = 1_048_576
+    longest: int = 4_194_304
+    stream: int = 1 << 30
+    chunk: int = 1 << 24
+    first: int = 2_048
+    samples: int = 16
+    heads: int = 8
+    width: int = 64
+    repeats: int = 5
+
+
+TOY = Sizes(64, 64, 16, 96, 128, 192, 512, 256, 16, 8, 4, 16, 1)
+
+
+class Bench:
+    """The tables, one method each, which yield rows."""
+
+    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
+        self.sizes, self.device, self.dtype = sizes, device, dtype
+        self.product = self._product()
+
+    def patterns(self, length: int) -> list[Pattern]:
+        """LongNet, S2, SCCA and LongMixed with the sizes of their papers' texts, in proportion."""
+        first = max(8, min(self.sizes.first, length // 16))
+        lists = tuple(first << power for power in range(5))
+        return [
+            LongNet(lists, (1, 2, 4, 8, 16)),
+            S2(length // 4),
+            SCCA(max(8, length // 128)),
+            LongMixed(max(8, length // 128)),
+        ]
+
+    # The tables.
+
+    def dense(self) -> Iterator[Row]:
+        """Causal attention over everything, beside each of PyTorch's kernels."""
+        length = self.sizes.dense
+        yield self._rates("longspan", partial(attend, pattern=Causal()), Causal(), length)
+        for backend in BACKENDS if self.device.type == "cuda" else (SDPBackend.MATH,):
+            yield self._rates(f"PyTorch, {backend.name.lower()}", _within(backend), Causal(), length)
+
+    def window(self) -> Iterator[Row]:
+        """A window, planned and run, beside compiled FlexAttention with a mask of its own, and dense attention."""
+        length, width = self.sizes.medium, self.sizes.window
+        pattern = SlidingWindow(width)
+        planned = self._planned(pattern, length)
+        for kernel in ("flash", "flex") if self.device.type == "cuda" else (None,):
+            row = self._rates(
+                f"longspan, {kernel}", partial(attend, pattern=pattern, kernel=kernel), pattern, length
+            )
+            yield row | {"planning_seconds": planned}
+
+        def mask(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k <= q) & (q - k < width)
+
+        if self.device.type == "cuda":
+            begin = self._now()
+            own = torch.compile(create_block_mask)(mask, None, None, length, length, device=self.device)
+            made = self._now() - begin
+            run = torch.compile(flex_attention, dynamic=False)
+            row = self._rates("FlexAttention, mask of its own", partial(run, block_mask=own), pattern, length)
+            yield row | {"planning_seconds": made}
+            dense = partial(scaled_dot_product_attention, is_causal=True)
+            yield self._rates("dense, PyTorch", dense, Causal(), self.sizes.dense)
+
+    def patterns_by_length(self) -> Iterator[Row]:
+        """LongNet, S2, SCCA and LongMixed at two lengths."""
+        for length in (self.sizes.medium, self.sizes.long):
+            for pattern in self.patterns(length):
+                planned = self._planned(pattern, length)
+                row = self._rates(str(pattern), partial(attend, pattern=pattern), pattern, length)
+                yield row | {"planning_seconds": planned}
+
+    def planning(self) -> Iterator[Row]:
+        """What planning takes, with nothing kept from before."""
+        length = self.sizes.long
+        for pattern in (
+            SlidingWindow(512),
+            SlidingWindow(8_192),
+            Streaming(508),
+            LongNet(),
+            *self.patterns(length),
+        ):
+            for kernel in ("flash", "flex"):
+                try:
+                    seconds = self._planned(pattern, length, kernel)
+                except Exception as error:
+                    yield {
+                        "what": str(pattern),
+                        "kernel": kernel,
+                        "length": length,
+                        "refused": str(error).splitlines()[0],
+                    }
+                else:
+                    yield {
+                        "what": str(pattern),
+                        "kernel": kernel,
+                        "length": length,
+                        "planning_seconds": seconds,
+                    }
+
+    def memory(self) -> Iterator[Row]:
+        """A window over a very long text, forward and backward: the peak beside the tensors themselves."""
+        length, pattern = self.sizes.longest, SlidingWindow(self.sizes.window)
+        query, key, value, seed = self._tensors(length)
+        sides = query.numel() * query.element_size()
+        self._planned(pattern, length)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        begin = self._now()
+        output = attend(query, key, value, pattern)
+        middle = self._now()
+        output.backward(seed)
+        row = {"what": str(pattern), "length": length, "forward_seconds": middle - begin}
+        row |= {"backward_seconds": self._now() - middle}
+        # Three inputs, the output, its gradient and three gradients.
+        row |= {"tensor_bytes": 8 * sides}
+        if self.device.type == "cuda":
+            row |= {"peak_bytes": torch.cuda.max_memory_allocated()}
+        yield row
+
+    def stream(self) -> Iterator[Row]:
+        """A LongNet mixture on one head, read in chunks: time for each token at a million and at a billion."""
+        sizes = self.sizes
+        for tokens in (sizes.long, sizes.stream):
+            chunk = min(tokens, sizes.chunk)
+            generator = torch.Generator().manual_seed(0)
+            samples = torch.randint(tokens, (sizes.samples,), generator=generator).tolist()
+            terms = mixture(tokens, first=sizes.first)
+            source = generated(sizes.width, self.device, self.dtype)
+            # Once for what is compiled and planned.
+            read(
+                source, sizes.chunk, *mixture(sizes.chunk, first=sizes.first), chunk=sizes.chunk, samples=[0]
+            )
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            done = read(source, tokens, *terms, chunk=chunk, samples=[0, tokens - 1, *samples])
+            row = {"what": f"{len(terms[0])} terms", **asdict(done), "exact": done.worst <= done.budget}
+            row |= {"nanoseconds_per_token": 1e9 * done.seconds / tokens}
+            if self.device.type == "cuda":
+                row |= {"peak_bytes": torch.cuda.max_memory_allocated()}
+            yield row
+
+    def decoding(self) -> Iterator[Row]:
+        """One query against all keys, whose stretches run side by side; bytes of keys and values for each second."""
+        for length in (self.sizes.medium, self.sizes.long):
+            query, key, value, _ = (side.detach() for side in self._tensors(length))
+            step = query[:, :, -1:].contiguous()
+            with torch.no_grad():
+                seconds = self._median(partial(attend, step, key, value, Causal()))
+                theirs = self._median(partial(scaled_dot_product_attention, step, key, value))
+            size = 2 * key.numel() * key.element_size()
+            yield {
+                "what": "one query",
+                "length": length,
+                "forward_seconds": seconds,
+                "bytes_per_second": size / seconds,
+                "pytorch_seconds": theirs,
+            }
+
+    def poison(self) -> Iterator[Row]:
+        """Fresh memory is NaN: outputs and gradients of every kernel against the reference in float64."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        try:
+            for pattern in (
+                SlidingWindow(100),
+                LongNet((64, 256), (1, 4)),
+                S2(64),
+                LongMixed(64),
+                Streaming(60),
+            ):
+                for kernel in ("flash", "flex") if self.device.type == "cuda" else (None,):
+                    yield self._against_truth(pattern, kernel)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    def sanitizer(self) -> Iterator[Row]:
+        """The table above under compute-sanitizer, where it is installed."""
+        tool = shutil.which("compute-sanitizer")
+        if tool is None or self.device.type != "cuda":
+            yield {
+                "what": "compute-sanitizer",
+                "refused": "is not installed" if tool is None else "is for cuda",
+            }
+            return
+        command = [tool, "--tool", "memcheck", sys.executable, __file__, "--toy", "--only", "poison"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=1_800)
+        last = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line] or [
+            f"exit code {done.returncode}"
+        ]
+        yield {"what": "compute-sanitizer memcheck", "found": last[-1].strip("= ")}
+
+    # How they are measured.
+
+    def _product(self) -> float:
+        size = self.sizes.product
+        factors = torch.randn(2, size, size, device=self.device, dtype=self.dtype)
+        return 2 * size**3 / self._median(lambda: factors[0] @ factors[1])
+
+    def _rates(self, name: str, operation: Callable[..., Tensor], pattern: Pattern, length: int) -> Row:
+        """Return rates of useful work, forward and backward, and as shares of the product."""
+        sizes = self.sizes
+        pairs = cost(pattern, length=length, heads=sizes.heads, width=sizes.width).pairs
+        query, key, value, seed = self._tensors(length)
+        times: dict[str, list[float]] = {"forward": [], "backward": []}
+        # The first round warms up and is not kept.
+        for _ in range(sizes.repeats + 1):
+            begin = self._now()
+            output = operation(query, key, value)
+            middle = self._now()
+            output.backward(seed)
+            times["forward"].append(middle - begin)
+            times["backward"].append(self._now() - middle)
+        row: Row = {"what": name, "length": length, "pairs": pairs}
+        for side, work in (("forward", _FORWARD), ("backward", _BACKWARD)):
+            seconds = statistics.median(times[side][1:])
+            rate = work * sizes.width * pairs / seconds
+            row |= {
+                f"{side}_seconds": seconds,
+                f"{side}_tflops": rate / 1e12,
+                f"{side}_of_product": rate / self.product,
+            }
+        return row
+
+    def _planned(self, pattern: Pattern, length: int, kernel: str | None = None) -> float:
+        """Return the seconds that planning takes with nothing kept, the least of three."""
+        sizes = self.sizes
+        dtype = str(self.dtype).removeprefix("torch.")
+        options = {
+            "heads": sizes.heads,
+            "width": sizes.width,
+            "dtype": dtype,
+            "kernel": kernel,
+            "device": "cuda",
+        }
+        times = []
+        for _ in range(3):
+            for kept in _KEPT:
+                kept.cache_clear()
+            begin = time.perf_counter()
+            plan(pattern, length=length, **options)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    def _against_truth(self, pattern: Pattern, kernel: str | None) -> Row:
+        length = 300
+        sides = [side.detach() for side in self._tensors(length)[:3]]
+        results = []
+        for dtype, device, asked in ((torch.float64, "cpu", "reference"), (self.dtype, self.device, kernel)):
+            leaves = [side.to(device, dtype).requires_grad_() for side in sides]
+            output, lse = attend_with_lse(*leaves, pattern, kernel=asked)
+            (output.float().square().sum() + lse[lse.isfinite()].sum()).backward()
+            results.append([output, *(leaf.grad for leaf in leaves)])
+        truth, got = ([side.detach().double().cpu() for side in result] for result in results)
+        apart = [float((one - other).abs().max()) for one, other in zip(got, truth, strict=True)]
+        finite = all(bool(side.isfinite().all()) for side in got)
+        return {
+            "what": str(pattern),
+            "kernel": kernel,
+            "finite": finite,
+            "output_error": apart[0],
+            "gradient_error": max(apart[1:]),
+        }
+
+    def _tensors(self, length: int) -> list[Tensor]:
+        shape = (1, length, self.sizes.heads, self.sizes.width)
+        # As a model gives them: transposed, with the heads inside the length.
+        made = [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(4)]
+        return [*(side.requires_grad_() for side in made[:3]), made[3]]
+
+    def _median(self, action: Callable[[], object]) -> float:
+        times = []
+        for _ in range(self.sizes.repeats + 1):
+            begin = self._now()
+            action()
+            times.append(self._now() - begin)
+        return statistics.median(times[1:])
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+TABLES = (
+    "dense",
+    "window",
+    "patterns_by_length",
+    "planning",
+    "memory",
+    "stream",
+    "decoding",
+    "poison",
+    "sanitizer",
+)
+_KEPT = (
+    plan_module._plan,
+    plan_module.head_groups,
+    parts._laid_out,
+    bands.band_groups,
+    family.groups,
+    family._piece,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _options(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("There is no CUDA device here, so nothing was measured.")
+    dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
+    bench = Bench(TOY if options.toy else Sizes(), torch.device(options.device), dtype)
+    report: dict[str, Any] = {
+        "machine": machine(options.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "sizes": asdict(bench.sizes),
+        "product_tflops": bench.product / 1e12,
+    }
+    failed = []
+    for name in options.only or TABLES:
+        print(name, file=sys.stderr)
+        rows: list[Row] = []
+        try:
+            for row in getattr(bench, name)():
+                rows.append(row)
+        except Exception as error:
+            # The other tables are made all the same.
+            traceback.print_exc()
+            failed.append(name)
+            rows.append(
+                {"what": "failed", "refused": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            )
+        report[name] = rows
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+        _write(report, options)
+    print(page(report, _titles()))
+    if failed:
+        sys.exit(f"These tables failed: {', '.join(failed)}.")
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--toy", action="store_true", help="sizes at which figures mean nothing")
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), metavar="TABLE,TABLE", help=", ".join(TABLES)
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="write the tables here, as Markdown")
+    return parser.parse_args(arguments)
+
+
+def _write(report: dict[str, Any], options: argparse.Namespace) -> None:
+    for path, text in (
+        (options.json, json.dumps(report, indent=2)),
+        (options.table, page(report, _titles())),
+    ):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text + "\n")
+
+
+def _titles() -> dict[str, str]:
+    """Return the tables in order, each with what it is about."""
+    return {name: (getattr(Bench, name).__doc__ or name).splitlines()[0] for name in TABLES}
+
+
+def _within(backend: SDPBackend) -> Callable[..., Tensor]:
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return run
+
+
+if __name__ == "__main__":
+    main()
