@@ -148,6 +148,40 @@ def shift(
     References:
         Xiao et al., StreamingLLM (arXiv 2309.17453), section 3.2, on positions within the cache.
     """
+    if isinstance(distance, int):
+        distance = torch.full((key.shape[-2],), distance, device=key.device)
+    found = displacement(distance, frequency, width=_width(key), length=length, pairs=pairs, angles=angles)
+    return found.turn(key)
+
+
+def displacement(
+    distance: Tensor,
+    frequency: Frequency,
+    *,
+    width: int,
+    length: int | None = None,
+    pairs: str = "halves",
+    angles: torch.dtype = torch.float32,
+) -> Rotation:
+    """Return the angles by which keys that are turned already move, to be used by every layer of a model.
+
+    Law: `shift(key, distance, ...)` is `turn(key)` of this. A frequency's scale is in turned keys once, and not in
+    this.
+
+    Args:
+        distance: tokens to move by, integers `[length]` or `[batch, length]`.
+        width: numbers in a head.
+        frequency, length, pairs, angles: see `shift`.
+
+    Raises:
+        InputError, ShapeError: as `shift`.
+
+    Example:
+        >>> from longspan.frequency import Plain
+        >>> displacement(torch.tensor([0, -1]), Plain(), width=2).sin
+        tensor([[ 0.0000],
+                [-0.8415]])
+    """
     if frequency.varies and length is None:
         raise InputError(
             message(
@@ -159,11 +193,8 @@ def shift(
                 fix="length=..., or hold keys as they are before turning and turn them at every step",
             )
         )
-    width = _width(key)
-    if isinstance(distance, int):
-        distance = torch.full((key.shape[-2],), distance, device=key.device)
     _check_positions(distance)
-    return _rotation(distance, frequency, 1.0, width, length, pairs, angles).turn(key)
+    return _rotation(distance, frequency, 1.0, width, length, pairs, angles)
 
 
 @dataclass(frozen=True, eq=False)

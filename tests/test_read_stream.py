@@ -16,7 +16,7 @@ from longspan.cache import Cache
 from longspan.errors import InputError, LongspanError, PatternError, PlanError
 from longspan.evaluate.stream import Stream
 from longspan.frequency import Plain
-from longspan.hf import set_pattern
+from longspan.hf import set_pattern, stream
 from longspan.hf.cache import PatternCache
 from longspan.hf.stream import StreamCache
 from longspan.rope import rotation
@@ -69,7 +69,10 @@ def in_pieces(model, cache, ids, sizes):
 @pytest.mark.parametrize(
     "sizes", [[1] * LENGTH, [60], [31, 2, 1, 26], [3, 7, 50]], ids=["ones", "whole", "mixed", "few"]
 )
-def test_every_query_reads_at_places_of_its_own(pattern, sizes):
+@pytest.mark.parametrize("least", [2, 64])
+def test_every_query_reads_at_places_of_its_own(pattern, sizes, least, monkeypatch):
+    # The base of positions moves along many times, or never.
+    monkeypatch.setattr(stream, "_LEAST", least)
     model, ids = model_of(FULL["llama"]), tokens(2, LENGTH)
     set_pattern(model, pattern)
     found = in_pieces(model, StreamCache(model), ids, sizes)
@@ -120,9 +123,7 @@ def test_a_window_of_the_model_s_own_takes_the_sinks_away():
     set_pattern(model, Streaming(20, sinks=2))
     cache = StreamCache(model)
     in_pieces(model, cache, tokens(1, LENGTH), [LENGTH])
-    assert {layer.kept.keys.shape[2] + layer.kept.first_keys.shape[2] for layer in cache.layers} == {
-        WINDOW - 1
-    }
+    assert {(layer.kept.window, layer.kept.sinks) for layer in cache.layers} == {(WINDOW, 0)}
     set_pattern(model, Streaming(4, sinks=2))
     with pytest.raises(PatternError, match="Places in the cache"):
         StreamCache(model)
@@ -134,8 +135,8 @@ def test_bytes_are_constant_once_the_window_is_full():
     cache = StreamCache(model)
     with cache:
         found = Stream(model, cache).read(ids, chunk=9, checkpoints=10)
-    # Three layers, two key heads, keys and values of eight float32 numbers.
-    assert {at.cache_bytes for at in found} == {3 * 2 * 2 * WIDTH * 4 * (19 + 4)}
+    # Three layers, two key heads, keys and values of eight float32 numbers, the sinks' keys twice more.
+    assert {at.cache_bytes for at in found} == {3 * 2 * 2 * WIDTH * 4 * (20 + 4 + 4)}
     assert found[-1].tokens == 200
 
 
@@ -146,8 +147,8 @@ def test_losses_do_not_depend_on_pieces(chunk):
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[0]
     each = F.cross_entropy(logits[:-1], ids[0, 1:], reduction="none")
-    stream = Stream(model, PatternCache(model))
-    found = stream.read(ids[0].numpy(), chunk=chunk, checkpoints=4)
+    reader = Stream(model, PatternCache(model))
+    found = reader.read(ids[0].numpy(), chunk=chunk, checkpoints=4)
     begin = 0
     for at in found:
         end = min(at.tokens, 99)
@@ -155,7 +156,7 @@ def test_losses_do_not_depend_on_pieces(chunk):
         assert at.recent == pytest.approx(float(each[begin:end].mean()), rel=1e-5)
         assert at.perplexity == math.exp(at.loss)
         begin = end
-    assert stream.write([], budget=1) == [int(logits[-1].argmax())]
+    assert reader.write([], budget=1) == [int(logits[-1].argmax())]
 
 
 def test_what_is_written_is_what_generate_writes():
@@ -165,14 +166,14 @@ def test_what_is_written_is_what_generate_writes():
     with StreamCache(model) as cache:
         wanted = model.generate(ids, past_key_values=cache, **options)[0, LENGTH:].tolist()
     with StreamCache(model) as cache:
-        stream = Stream(model, cache)
-        stream.read(ids[0, :50].numpy(), chunk=9)
-        written = stream.write(ids[0, 50:].tolist(), budget=12)
+        reader = Stream(model, cache)
+        reader.read(ids[0, :50].numpy(), chunk=9)
+        written = reader.write(ids[0, 50:].tolist(), budget=12)
         assert written == wanted
     with StreamCache(model) as cache:
-        stream = Stream(model, cache)
-        stream.read(ids[0].numpy())
-        assert stream.write([], budget=12, ends=[wanted[3]]) == wanted[: wanted.index(wanted[3])]
+        reader = Stream(model, cache)
+        reader.read(ids[0].numpy())
+        assert reader.write([], budget=12, ends=[wanted[3]]) == wanted[: wanted.index(wanted[3])]
 
 
 def test_misuse_is_refused():

@@ -25,6 +25,18 @@ class Form:
     def of(cls, key: Tensor, value: Tensor) -> Form:
         return cls(len(key), key.shape[3], value.shape[3], key.dtype, key.device)
 
+    def fits(self, query: Tensor, key: Tensor, value: Tensor, heads: int, key_heads: int) -> bool:
+        """Whether tensors continue what is held, as fast as can be told; where not, `check` says why."""
+        tokens = query.shape[2] if query.dim() == 4 else -1
+        return (
+            query.shape == (self.batch, heads, tokens, self.width)
+            and key.shape == (self.batch, key_heads, tokens, self.width)
+            and value.shape == (self.batch, key_heads, tokens, self.value_width)
+            and query.dtype == key.dtype == value.dtype == self.dtype
+            and query.device == key.device == value.device == self.device
+            and not (torch.is_grad_enabled() and any(side.requires_grad for side in (query, key, value)))
+        )
+
     def __str__(self) -> str:
         kind = str(self.dtype).removeprefix("torch.")
         return f"batch {self.batch}, widths {self.width} and {self.value_width}, {kind}, {self.device}"

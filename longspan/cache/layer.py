@@ -96,9 +96,9 @@ class Cache:
         self.rotate, self.places = rotate, places
         self._readers = tuple((pattern & Causal()).at_head(head, heads) for head in range(heads))
         self._shelves = self._sorted_heads()
-        self._lengths: Tensor | None = None
+        self._lengths: np.ndarray | None = None
         # No row can be cropped to below this length: some keys that it would read are gone.
-        self._floor = torch.zeros(0, dtype=torch.int64)
+        self._floor = np.zeros(0, dtype=np.int64)
         self._form: Form | None = None
         # Whether all rows lie alike, so that one row of positions tells of all.
         self._alike = True
@@ -160,14 +160,11 @@ class Cache:
             ShapeError: tensors that do not fit together or not what was read before, keys that want a gradient, a
                 start that is not where the text ends, more tokens than a pool has pages for.
         """
-        check(
-            {"query": query, "key": key, "value": value},
-            real,
-            start,
-            heads=(self.heads, self.key_heads),
-            form=self._form,
-            lengths=self.lengths,
-        )
+        lengths, heads = self.lengths, (self.heads, self.key_heads)
+        continues = self._form is not None and self._form.fits(query, key, value, *heads)
+        if not (continues and real is None and (start is None or start == lengths)):
+            sides = {"query": query, "key": key, "value": value}
+            check(sides, real, start, heads=heads, form=self._form, lengths=lengths)
         changes = collect(scores, self.heads)
         if not query.shape[2]:
             return query.new_zeros((*query.shape[:3], value.shape[3]))
@@ -211,7 +208,7 @@ class Cache:
         if len(set(wanted.tolist())) > 1:
             self._set_apart()
         for shelf in self._shelves:
-            shelf.crop(wanted.to(shelf.positions.device), alike=self._alike)
+            shelf.crop(wanted, alike=self._alike)
         self._lengths = wanted
 
     def check_crop(self, lengths: int | Sequence[int]) -> None:
@@ -219,12 +216,12 @@ class Cache:
         if self._lengths is None:
             return
         wanted = self._as_rows(lengths)
-        if bool((wanted > self._lengths).any()) or bool((wanted < 0).any()):
+        if (wanted > self._lengths).any() or (wanted < 0).any():
             raise self._refuse(
                 f"A crop to {wanted.tolist()} tokens is not a part of what was read.",
                 "a length up to the present one",
             )
-        if bool(((wanted < self._floor) & (wanted < self._lengths)).any()):
+        if ((wanted < self._floor) & (wanted < self._lengths)).any():
             raise self._refuse(
                 f"A crop to {wanted.tolist()} tokens would read keys that are gone; {self._floor.tolist()} is possible.",
                 "Cache(..., undo=tokens), which holds keys that much longer",
@@ -238,7 +235,8 @@ class Cache:
         self._shelves = [shelf.select(rows, alike=self._alike) for shelf in old]
         for shelf in old:
             shelf.storage.release()
-        self._lengths, self._floor = self._lengths[rows.cpu()], self._floor[rows.cpu()]
+        chosen = rows.cpu().numpy()
+        self._lengths, self._floor = self._lengths[chosen], self._floor[chosen]
         self._form = replace(self._form, batch=len(rows))
 
     def fork(self) -> Cache:
@@ -272,29 +270,40 @@ class Cache:
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, reading: Reading
     ) -> Tensor:
         tokens = query.shape[2]
-        ends = self._lengths + (tokens if real is None else real.sum(1).cpu())
-        positions = self._next_positions(tokens, real, query.device)
-        held_from = (self._lengths - self.undo).clamp(min=0)
+        ends = self._lengths + (tokens if real is None else real.sum(1).cpu().numpy())
+        starts = self._lengths[:1] if self._alike else self._lengths
+        # Keys that lie unturned are turned for every query anew, and nothing is known of it before.
+        alone = tokens == 1 and real is None and self.rotate is None
+        positions = None if alone else _positions(starts, tokens, real, query.device)
         marks = []
         try:
             for shelf in self._shelves:
-                if shelf.make_room(tokens, held_from.numpy(), max(tokens, self.block)):
-                    self._floor = torch.maximum(self._floor, held_from)
-                marks.append((shelf, shelf.storage.used, shelf.positions))
-                shelf.append(_heads(key, shelf.key_heads), _heads(value, shelf.key_heads), positions)
-            outputs = [
-                reading.read(shelf, _heads(query, shelf.heads), positions, ends) for shelf in self._shelves
-            ]
+                if tokens > shelf.storage.free:
+                    held_from = np.maximum(self._lengths - self.undo, 0)
+                    shelf.tidy(held_from, max(tokens, self.block))
+                    self._floor = np.maximum(self._floor, held_from)
+                marks.append((shelf, shelf.storage.used))
+                sides = _heads(key, shelf.key_heads), _heads(value, shelf.key_heads)
+                if positions is None:
+                    shelf.push(*sides, starts, ahead=self.block, dtype=reading.exact(query.dtype))
+                else:
+                    shelf.append(*sides, positions)
+            outputs = []
+            for shelf in self._shelves:
+                own = _heads(query, shelf.heads)
+                if positions is None:
+                    outputs.append(reading.read_last(shelf, own))
+                else:
+                    outputs.append(reading.read(shelf, own, positions, ends))
         except BaseException:
-            for shelf, used, before in marks:
-                shelf.storage.truncate(used)
-                shelf.positions = before
+            for shelf, used in marks:
+                shelf.truncate(used)
             raise
         self._lengths = ends
         if tokens > self.block:
-            self._floor = (ends - self.undo).clamp(min=0)
+            self._floor = np.maximum(ends - self.undo, 0)
             for shelf in self._shelves:
-                shelf.tidy(self._floor.numpy(), self.block)
+                shelf.tidy(self._floor, self.block)
         if len(outputs) == 1:
             return outputs[0]
         order = [head for shelf in self._shelves for head in shelf.heads]
@@ -324,22 +333,16 @@ class Cache:
             raise
         return torch.cat(outputs, dim=2)
 
-    def _next_positions(self, tokens: int, real: Tensor | None, device: torch.device) -> Tensor:
-        starts = (self._lengths[:1] if self._alike else self._lengths).to(device)[:, None]
-        if real is None:
-            return starts + torch.arange(tokens, device=device)
-        return (starts + real.cumsum(1) - 1).masked_fill(~real, -1)
-
     def _set_apart(self) -> None:
         """Give every row positions of its own."""
         if self._alike:
             self._alike = False
             for shelf in self._shelves:
-                shelf.positions = shelf.positions.repeat(len(self._lengths), 1)
+                shelf.set_apart(len(self._lengths))
 
     def _begin(self, key: Tensor, value: Tensor) -> None:
         self._form = Form.of(key, value)
-        self._lengths = torch.zeros(len(key), dtype=torch.int64)
+        self._lengths = np.zeros(len(key), dtype=np.int64)
         self._floor = self._lengths
         for shelf in self._shelves:
             shelf.begin(
@@ -372,11 +375,19 @@ class Cache:
             shelves.append(Shelf(key_heads, heads, tuple(self._readers[head] for head in heads)))
         return shelves
 
-    def _as_rows(self, lengths: int | Sequence[int]) -> Tensor:
-        return torch.as_tensor(lengths, dtype=torch.int64).expand(len(self._lengths)).clone()
+    def _as_rows(self, lengths: int | Sequence[int]) -> np.ndarray:
+        return np.broadcast_to(np.asarray(lengths, dtype=np.int64), self._lengths.shape).copy()
 
     def _refuse(self, problem: str, fix: str) -> ShapeError:
         return ShapeError(message(problem, {"cache": str(self)}, fix=fix))
+
+
+def _positions(starts: np.ndarray, tokens: int, real: Tensor | None, device: torch.device) -> Tensor:
+    """Return the positions of new tokens, `[batch or 1, tokens]`, -1 for padding."""
+    begins = torch.from_numpy(starts).to(device)[:, None]
+    if real is None:
+        return begins + torch.arange(tokens, device=device)
+    return (begins + real.cumsum(1) - 1).masked_fill(~real, -1)
 
 
 def _heads(tensor: Tensor, heads: list[int]) -> Tensor:

@@ -6,10 +6,12 @@ them, and a page that several hold is copied when one of them writes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from longspan.cache.storage import kept_slots
+from longspan.cache.storage import PIECE, kept_slots, weighed
 from longspan.errors import ShapeError, message
 
 # The page of slots that are nobody's; it is never given away.
@@ -180,6 +182,27 @@ class Pages:
             pages[self.table].flatten(2, 3)[:, :, : self.used] for pages in (self.pool.key, self.pool.value)
         )
         return key, value
+
+    def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        keys, values = (self._pieces(side, exact, begin) for side in (self.pool.key, self.pool.value))
+        scores = torch.cat([query.to(exact) @ piece.mT for piece in keys], dim=-1) * scale
+        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1)
+        return weighed(weights, values).to(query.dtype)
+
+    def _pieces(self, side: Tensor, dtype: torch.dtype, begin: int) -> Iterator[Tensor]:
+        """Yield what is held from a slot on, `[batch, heads, tokens, width]`, in pieces that a processor's cache holds."""
+        (batch, heads, _), size = self.table.shape, self.pool.size
+        at_once = max(1, PIECE // (batch * heads * side[0].numel()))
+        first = begin // size
+        skip, left = begin - first * size, self.used - first * size
+        for table in self.table[:, :, first:].split(at_once, dim=2):
+            piece = side.index_select(0, table.flatten().to(side.device)).view(
+                batch, heads, -1, side.shape[2]
+            )
+            # What nobody wrote to the end of the last page may be anything, even no number.
+            yield piece[:, :, skip:left].to(dtype)
+            skip, left = 0, left - piece.shape[2]
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         size, whole = self.pool.size, self.used // self.pool.size

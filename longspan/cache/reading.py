@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from longspan.attend import attend_with_lse
 from longspan.cache.origin import moved
+from longspan.cache.outlook import bias_of
 from longspan.cache.shelf import Shelf
 from longspan.kernel.merge import merge
 from longspan.pattern import Pattern, PerHead
@@ -44,7 +46,7 @@ class Reading:
     rotate: Rotate | None
     places: str
 
-    def read(self, shelf: Shelf, query: Tensor, positions: Tensor, ends: Tensor) -> Tensor:
+    def read(self, shelf: Shelf, query: Tensor, positions: Tensor, ends: np.ndarray) -> Tensor:
         """Return what queries read on one shelf, zero for those that are padding.
 
         Args:
@@ -52,7 +54,7 @@ class Reading:
             positions: of the queries, `[batch or 1, queries]`, -1 for padding.
             ends: length of the text in each row, these queries included.
         """
-        here = replace(self, changes=_of_heads(self.changes, shelf.heads))
+        here = self._of(shelf)
         key, value = shelf.storage.read()
         if self.rotate is None and query.shape[2] * key.shape[2] <= _UNPLANNED:
             return here._masked(
@@ -76,6 +78,51 @@ class Reading:
                 )
         return output
 
+    def read_last(self, shelf: Shelf, query: Tensor) -> Tensor:
+        """Return what one token of every row reads, whose key `shelf.push` has just put in the last slot.
+
+        Args:
+            query: `[batch, heads of the shelf, 1, width]`.
+        """
+        storage, outlook = shelf.storage, shelf.outlook
+        batch, heads, _, width = query.shape
+        shared = heads // len(shelf.key_heads)
+        # The query heads of one key head become rows of one block, so that keys are read once.
+        folded = query if shared == 1 else query.reshape(batch, -1, shared, width)
+        begin, bias = outlook.at(storage.used)
+        if not self.plain:
+            output = self._of(shelf)._last_changed(folded, shelf, bias, begin)
+        elif bias is None or bias.shape[1] == 1:
+            output = storage.weigh(folded, bias, self.scale, begin)
+        else:
+            output = storage.weigh(folded, bias.reshape(len(bias), -1, shared, bias.shape[3]), self.scale)
+        output = output if shared == 1 else output.reshape(batch, heads, 1, -1)
+        if outlook.silent and bias is not None:
+            output = output.masked_fill(torch.isneginf(bias).all(dim=-1, keepdim=True), 0.0)
+        return output
+
+    def _last_changed(self, query: Tensor, shelf: Shelf, bias: Tensor | None, begin: int) -> Tensor:
+        """Return what `[batch, key heads, shared, width]` queries at the last position read where scores are changed."""
+        positions = shelf.positions[:, begin:]
+        if bias is None:
+            exact = self.exact(query.dtype)
+            bias = torch.zeros((1, 1, 1, positions.shape[1]), dtype=exact, device=query.device)
+        bias = self._pushed_off(bias, positions[:, -1:], positions)
+        if bias.shape[1] > 1:
+            bias = bias.reshape(len(bias), *query.shape[1:3], -1)
+        if self.changes.limit is None and self.changes.sinks is None:
+            return shelf.storage.weigh(query, bias, self.scale, begin)
+        return self._changed(query, *(side[:, :, begin:] for side in shelf.storage.read()), bias)
+
+    def exact(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype of biases: that of the scores, or one that they can be changed in."""
+        return dtype if self.plain else torch.promote_types(dtype, torch.float32)
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether nothing but the pattern changes scores."""
+        return self.changes.limit is None and self.changes.slopes is None and self.changes.sinks is None
+
     def _alike(
         self,
         query: Tensor,
@@ -90,7 +137,7 @@ class Reading:
         if self.rotate is not None:
             places, keys = positions[0], held[0]
             if self.places == "cache":
-                read = _counts(readers[:1], positions, held)[0, 0, 0] > 0
+                read = readers[0].count(positions[0], held[0]) > 0
                 length = int(read.sum())
                 places, keys = torch.full_like(places, length - 1), (read.cumsum(0) - 1).clamp(min=0)
             query, key = self.rotate(query, places, length), self.rotate(key, keys, length)
@@ -118,12 +165,11 @@ class Reading:
         begins: np.ndarray,
     ) -> Tensor:
         """Read every run of neighbouring keys by a plan of its own, and merge."""
-        alike = _distinct(readers)
         changes = self.changes
         parts = []
         for begin, end in zip(begins, [*begins[1:], len(held)], strict=True):
             first = int(held[begin])
-            seen = tuple(moved(reader, first) for reader in alike)
+            seen = tuple(moved(reader, first) for reader in readers)
             parts.append(
                 attend_with_lse(
                     query,
@@ -151,17 +197,14 @@ class Reading:
         gaps: bool = False,
     ) -> Tensor:
         """Read by computing all pairs; positions are `[batch or 1, tokens]`, -1 in `gaps` without a token."""
+        exact = torch.promote_types(query.dtype, torch.float32)
+        bias = bias_of(readers, positions, held, exact, gaps=gaps)
+        silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
+        bias = self._pushed_off(bias, positions, held)
         batch, heads, rows, width = query.shape
         key_heads = key.shape[1]
         # The query heads of one key head become rows of one block, so that keys are read once.
         folded = query.reshape(batch, key_heads, -1, width)
-        exact = torch.promote_types(query.dtype, torch.float32)
-        bias = _counts(_distinct(readers), positions, held, gaps=gaps).to(exact).log()
-        silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
-        if self.changes.slopes is not None:
-            slopes = torch.tensor(self.changes.slopes, dtype=exact, device=query.device)
-            distance = (positions[:, None, :, None] - held[:, None, None, :]).abs()
-            bias = bias - slopes[:, None, None] * distance
         if bias.shape[1] == 1:
             bias = bias.repeat(1, 1, heads // key_heads, 1)
         else:
@@ -173,6 +216,18 @@ class Reading:
         else:
             output = self._changed(folded, key, value, bias)
         return output.reshape(batch, heads, rows, -1).masked_fill(silent, 0.0)
+
+    def _pushed_off(self, bias: Tensor, positions: Tensor, held: Tensor) -> Tensor:
+        """Return the bias with ALiBi in it."""
+        if self.changes.slopes is None:
+            return bias
+        slopes = torch.tensor(self.changes.slopes, dtype=bias.dtype, device=bias.device)
+        distance = (positions[:, None, :, None] - held[:, None, None, :]).abs()
+        return bias - slopes[:, None, None] * distance
+
+    def _of(self, shelf: Shelf) -> Reading:
+        """Return how the heads of a shelf are read."""
+        return self if self.plain else replace(self, changes=_of_heads(self.changes, shelf.heads))
 
     def _changed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
         """Attend with capped scores and learned sinks, which PyTorch's attention does not know."""
@@ -186,24 +241,6 @@ class Reading:
             scores = torch.cat([scores, sinks.expand(len(scores), -1, -1, -1)], dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., : key.shape[2]]
         return (weights @ value.to(bias.dtype)).to(query.dtype)
-
-
-def _counts(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor, *, gaps: bool = False) -> Tensor:
-    """Return how often queries read keys, `[rows, len(readers), queries, keys]`: the formula on positions."""
-    q, k = queries[:, :, None], keys[:, None, :]
-    counted = {reader: reader.count(q, k) for reader in set(readers)}
-    if gaps:
-        real = (q >= 0) & (k >= 0)
-        counted = {reader: often * real for reader, often in counted.items()}
-    if len(readers) == 1:
-        return counted[readers[0]].expand(-1, queries.shape[1], keys.shape[1])[:, None]
-    shape = (max(len(queries), len(keys)), queries.shape[1], keys.shape[1])
-    return torch.stack([counted[reader].expand(shape) for reader in readers], dim=1)
-
-
-def _distinct(readers: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
-    """Return one pattern where all heads read alike."""
-    return readers[:1] if len(set(readers)) == 1 else readers
 
 
 def _of_heads(changes: Scores, heads: list[int]) -> Scores:

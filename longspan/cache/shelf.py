@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from longspan.cache.outlook import Outlook, outlook
 from longspan.cache.storage import Storage
 from longspan.derive.lifetime import alive
 from longspan.pattern import Pattern
+
+# What share of itself a text that is kept whole grows by.
+_SHARE = 16
 
 
 class Shelf:
@@ -17,14 +23,22 @@ class Shelf:
     Attributes:
         key_heads: numbers of the key heads.
         heads: numbers of the query heads that they serve, in the order of the key heads.
-        readers: the pattern of each of these query heads.
-        positions: int64 `[batch, used]`, or `[1, used]` where all rows are alike; -1 in slots that are nobody's.
+        readers: the pattern of each of these query heads, one where they are all the same.
+        outlook: what the next tokens read, None where nobody knows.
     """
 
     def __init__(self, key_heads: list[int], heads: list[int], readers: tuple[Pattern, ...]) -> None:
-        self.key_heads, self.heads, self.readers = key_heads, heads, readers
+        self.key_heads, self.heads = key_heads, heads
+        self.readers = readers[:1] if len(set(readers)) == 1 else readers
         self.storage: Storage | None = None
-        self.positions = torch.zeros((1, 0), dtype=torch.int64)
+        self.outlook: Outlook | None = None
+        # One column for every slot that is taken, and more: those after them tell nothing.
+        self._where = torch.zeros((1, 0), dtype=torch.int64)
+
+    @property
+    def positions(self) -> Tensor:
+        """Return int64 `[batch, used]`, or `[1, used]` where all rows are alike; -1 in slots that are nobody's."""
+        return self._where[:, : self.storage.used if self.storage else 0]
 
     @property
     def nbytes(self) -> int:
@@ -33,54 +47,96 @@ class Shelf:
     def begin(self, storage: Storage, device: torch.device) -> None:
         """Start empty, in a storage."""
         self.storage = storage
-        self.positions = torch.zeros((1, 0), dtype=torch.int64, device=device)
+        self._put(torch.zeros((1, 0), dtype=torch.int64, device=device))
 
     def alive(self, positions: Tensor, at: np.ndarray) -> Tensor:
         """Say which of `positions` a query from `at` `[rows]` on may read on any of the heads."""
         keys = positions.cpu().numpy()
-        some = np.zeros(keys.shape, dtype=bool)
-        for reader in set(self.readers):
-            some |= alive(reader, keys, at=at[: len(keys), None])
-        return torch.from_numpy(some & (keys >= 0)).to(positions.device)
-
-    def make_room(self, tokens: int, at: np.ndarray, room: int) -> bool:
-        """Forget what no query from `at` on reads, if `tokens` would not fit; say whether that was so."""
-        if tokens <= self.storage.free:
-            return False
-        self.tidy(at, room)
-        return True
+        some = _alive(self.readers, keys.tobytes(), keys.shape, tuple(at[: len(keys)].tolist()))
+        return torch.from_numpy(some).to(positions.device)
 
     def tidy(self, at: np.ndarray, room: int) -> None:
         """Forget what no query from `at` on reads, and make room for so many tokens."""
-        origin = self.storage.keep(self.alive(self.positions, at), room)
-        rows = max(len(self.positions), len(origin))
-        kept = self.positions.gather(1, origin.clamp(min=0).expand(rows, -1))
-        self.positions = kept.masked_fill(origin < 0, -1)
+        positions = self.positions
+        wanted = self.alive(positions, at)
+        if bool((wanted == (positions >= 0)).all()):
+            room = max(room, self._growth(positions, at))
+        origin = self.storage.keep(wanted, room)
+        rows = max(len(positions), len(origin))
+        kept = positions.gather(1, origin.clamp(min=0).expand(rows, -1))
+        self._put(kept.masked_fill(origin < 0, -1))
 
     def append(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Take in keys and values at ascending positions, for which there is room."""
+        before = self.positions
         self.storage.append(key, value)
-        rows = max(len(self.positions), len(positions))
-        sides = (side.expand(rows, -1) for side in (self.positions, positions))
-        self.positions = torch.cat(list(sides), dim=1)
+        rows = max(len(before), len(positions))
+        self._put(torch.cat([side.expand(rows, -1) for side in (before, positions)], dim=1))
+
+    def push(self, key: Tensor, value: Tensor, starts: np.ndarray, *, ahead: int, dtype: torch.dtype) -> None:
+        """Take in one token of every row, which comes at `starts` `[rows]`, and know what it reads.
+
+        Args:
+            ahead: the most tokens to look ahead for.
+            dtype: of the biases of the outlook.
+        """
+        used = self.storage.used
+        if self.outlook is None or not self.outlook.covers(used):
+            before = self.positions
+            found = outlook(self.readers, before, starts, ahead, dtype)
+            coming = torch.from_numpy(starts[:, None] + np.arange(found.tokens))
+            self._put(torch.cat([before, coming.to(before.device)], dim=1))
+            self.outlook = found
+        self.storage.append(key, value)
 
     def truncate(self, used: int) -> None:
         """Forget the slots from `used` on."""
         self.storage.truncate(used)
-        self.positions = self.positions[:, :used]
+        self.outlook = None
 
-    def crop(self, lengths: Tensor, *, alike: bool) -> None:
+    def crop(self, lengths: np.ndarray, *, alike: bool) -> None:
         """Forget the keys at and after `lengths`, one for each row; `alike` says that no slot is nobody's."""
-        late = self.positions >= lengths[: len(self.positions), None]
+        positions = self.positions
+        late = positions >= torch.from_numpy(lengths)[: len(positions), None].to(positions.device)
         if alike:
             self.truncate(int((~late).sum()))
         else:
             # Slots are those of all rows, so what one row alone forgets stays as nobody's.
-            self.positions = self.positions.masked_fill(late, -1)
+            self._put(positions.masked_fill(late, -1))
+
+    def set_apart(self, rows: int) -> None:
+        """Give each of so many rows positions of its own."""
+        self._put(self.positions.repeat(rows, 1))
 
     def select(self, rows: Tensor, *, alike: bool) -> Shelf:
         """Return a shelf with these rows of the batch; `alike` says that one row of positions tells of all."""
         chosen = Shelf(self.key_heads, self.heads, self.readers)
         chosen.storage = self.storage.select(rows) if self.storage else None
-        chosen.positions = self.positions if alike else self.positions[rows]
+        chosen._put(self.positions.clone() if alike else self.positions[rows])
         return chosen
+
+    def _put(self, positions: Tensor) -> None:
+        self._where, self.outlook = positions, None
+
+    def _growth(self, positions: Tensor, at: np.ndarray) -> int:
+        """Return how many tokens to make room for where none is forgotten: copying a long text often would be slow."""
+        more = positions.shape[1] // _SHARE
+        until = at + more
+        coming = torch.from_numpy(at)[:, None] + torch.arange(more)
+        return (
+            more
+            if self.alive(positions, until).eq(positions >= 0).all() and self.alive(coming, until).all()
+            else 0
+        )
+
+
+@lru_cache(maxsize=8)
+def _alive(
+    readers: tuple[Pattern, ...], keys: bytes, shape: tuple[int, int], at: tuple[int, ...]
+) -> np.ndarray:
+    """Say of positions as bytes what `Shelf.alive` says; layers that read and hold alike ask for the same."""
+    positions = np.frombuffer(keys, dtype=np.int64).reshape(shape)
+    some = np.zeros(shape, dtype=bool)
+    for reader in set(readers):
+        some |= alive(reader, positions, at=np.array(at)[:, None])
+    return some & (positions >= 0)

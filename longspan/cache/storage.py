@@ -6,10 +6,15 @@ owns it remembers which token lies in which slot, and asks for slots to be kept 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Numbers of a piece of what is not held as it is read.
+PIECE = 1 << 17
 
 
 class Storage(Protocol):
@@ -30,6 +35,16 @@ class Storage(Protocol):
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return key and value `[batch, heads, used, width]`; they are valid until the next change."""
+
+    def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
+        """Return the attention of a few queries over the slots used, `[batch, heads, queries, value width]`.
+
+        Args:
+            query: `[batch, heads, queries, width]`.
+            bias: what is added to scores, as it broadcasts against them, in float32 at least; None for nothing.
+            scale: what scores are multiplied by before.
+            begin: slot from which on they are read.
+        """
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         """Forget slots and make room for more.
@@ -75,12 +90,18 @@ class Plain:
     def append(self, key: Tensor, value: Tensor) -> None:
         end = self.used + key.shape[2]
         for buffer, side in zip(self._buffers, (key, value), strict=True):
-            buffer[:, :, self.used : end] = side
+            buffer.narrow(2, self.used, side.shape[2]).copy_(side)
         self.used = end
 
     def read(self) -> tuple[Tensor, Tensor]:
-        key, value = (buffer[:, :, : self.used] for buffer in self._buffers)
-        return key, value
+        key, value = self._buffers
+        return key.narrow(2, 0, self.used), value.narrow(2, 0, self.used)
+
+    def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
+        if bias is not None and bias.dtype != query.dtype:
+            bias = bias.to(query.dtype)
+        key, value = (buffer.narrow(2, begin, self.used - begin) for buffer in self._buffers)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         origin = kept_slots(wanted)
@@ -150,11 +171,24 @@ class Rounded:
         self._scale.append(*scales)
 
     def read(self) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(self._dtype, torch.float32)
         key, value = (
-            (whole * scale).to(self._dtype)
+            (whole.to(exact) * scale).to(self._dtype)
             for whole, scale in zip(self._whole.read(), self._scale.read(), strict=True)
         )
         return key, value
+
+    def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
+        exact = torch.promote_types(query.dtype, torch.float32)
+        keys, values, key_scale, value_scale = (
+            side[:, :, begin:] for storage in (self._whole, self._scale) for side in storage.read()
+        )
+        pieces = list(_slices(keys))
+        scores = torch.cat([query.to(exact) @ keys[:, :, piece].to(exact).mT for piece in pieces], dim=-1)
+        # Scales are of tokens, so they go to the scores and weights, which are fewer than the numbers they scale.
+        scores = scores * key_scale.mT * scale
+        weights = torch.softmax(scores if bias is None else scores + bias, dim=-1) * value_scale.mT
+        return weighed(weights, (values[:, :, piece].to(exact) for piece in pieces)).to(query.dtype)
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         self._scale.keep(wanted, room)
@@ -173,6 +207,21 @@ class Rounded:
     def release(self) -> None:
         self._whole.release()
         self._scale.release()
+
+
+def _slices(slots: Tensor) -> Iterator[slice]:
+    """Cut slots `[batch, heads, slots, width]` into pieces that fit into a processor's cache as float32."""
+    tokens = max(1, PIECE * slots.shape[2] // max(1, slots.numel()))
+    return (slice(begin, begin + tokens) for begin in range(0, slots.shape[2], tokens))
+
+
+def weighed(weights: Tensor, values: Iterable[Tensor]) -> Tensor:
+    """Return the sum of values, which come in pieces, by weights `[batch, heads, queries, slots]`."""
+    begin, total = 0, None
+    for value in values:
+        part = weights[..., begin : begin + value.shape[2]] @ value
+        total, begin = part if total is None else total + part, begin + value.shape[2]
+    return total
 
 
 def kept_slots(wanted: Tensor) -> Tensor:

@@ -153,7 +153,6 @@ class CarriedLayer(PatternLayer):
 
     def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -163,7 +162,6 @@ class CarriedLayer(PatternLayer):
         scores: Sequence[Score],
     ) -> Tensor:
         """Return attention `[batch, length, heads, width]` of a segment, and carry what the next may read."""
-        self._check(module, pattern, batch, key.shape[2])
         if batch.real is not None:
             raise PlanError(
                 message(

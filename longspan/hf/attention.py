@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from longspan.pattern import Causal, Pattern, Window
 from longspan.score import Score, Sinks, SoftCap
 
 NAME = "longspan"
+_NOTHING = nullcontext()
 
 # Arguments that ask for what is not there: not None means asked.
 _UNSUPPORTED = {
@@ -99,9 +101,13 @@ def reset(model: nn.Module) -> None:
         del module.longspan
 
 
-# What a batch holds decides what is done, and windows make patterns: a compiled model runs this as it is.
-@torch.compiler.disable(reason="longspan reads the padding of the batch")
-def _attention(
+def _attention(*sides: Any, **options: Any) -> tuple[Tensor, None]:
+    """Attend by the module's pattern; called by transformers, see `_attend`."""
+    # What a batch holds decides what is done, and windows make patterns: a compiled model runs this as it is.
+    return _apart(*sides, **options) if torch.compiler.is_compiling() else _attend(*sides, **options)
+
+
+def _attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -111,7 +117,7 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend by the module's pattern; called by transformers with query [batch, heads, length, width]."""
+    """Attend with query `[batch, heads, length, width]`, and the arguments of transformers' attention functions."""
     # The mark of a PatternCache, whose keys come without those that it holds.
     cached = getattr(key, NAME, None)
     if cached is not None:
@@ -121,15 +127,22 @@ def _attention(
     batch = _check_batch(module, key, attention_mask, options.get("position_ids"), cached)
     for window in {batch.window, options.get("sliding_window")} - {None}:
         pattern = pattern & Window(window)
+    if cached is not None:
+        cached.check(module, pattern, batch, key.shape[2])
     # Under autocast, rotary positions leave query and key in float32 while the value is already lower.
     device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    query, key, value = (side.to(dtype) for side in (query, key, value))
-    with torch.autocast(device, enabled=False):
+    lowered = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lowered else value.dtype
+    if not query.dtype == key.dtype == value.dtype == dtype:
+        query, key, value = (side.to(dtype) for side in (query, key, value))
+    with torch.autocast(device, enabled=False) if lowered else _NOTHING:
         scores = _scores(options)
         if cached is not None:
-            return cached.attend(module, query, key, value, pattern, batch, scaling, scores), None
+            return cached.attend(query, key, value, pattern, batch, scaling, scores), None
         return batch.attend(query, key, value, pattern, scale=scaling, scores=scores), None
+
+
+_apart = torch.compiler.disable(_attend, reason="longspan reads the padding of the batch")
 
 
 def _scores(options: dict[str, Any]) -> list[Score]:
@@ -217,7 +230,7 @@ def _check_setting(module: nn.Module) -> Setting:
 
 
 def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
-    asked = {name: options[name] for name in _UNSUPPORTED if options.get(name) is not None}
+    asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
     reasons = [_UNSUPPORTED[name] for name in asked]
     fix = "reset(model), which goes back to the attention that the model had before"
     if options.get("output_attentions"):
@@ -253,7 +266,8 @@ def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cac
             f"its cache announced {given.keys} keys and handed over {keys}",
             fix="a cache that keeps all keys, past_key_values=DynamicCache()",
         )
-    packed = isinstance(positions, Tensor) and positions.dim() == 2 and bool((positions.diff() != 1).any())
+    several = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
+    packed = several and bool((positions.diff() != 1).any())
     if packed and not given.masked and len(given.segments) == 1:
         raise refusal(
             module.config,

@@ -67,6 +67,8 @@ class Batch:
     @cached_property
     def starts(self) -> list[int] | None:
         """How many tokens each row had before these; None where a row has none here, so that nobody knows."""
+        if self.real is None:
+            return [self.segments[0].before(self.shape[1], self.keys)] * self.shape[0]
         starts = torch.full((self.shape[0],), -1)
         for segment in self.segments:
             starts[_on_cpu(segment.rows)] = segment.before(self.shape[1], self.keys)

@@ -120,7 +120,7 @@ class PatternLayer(CacheLayerMixin):
         super().__init__()
         # Weak, so that a cache that outlives its model does not hold its weights, and a copy does not copy them.
         self.module, self.setting = weakref.ref(module), module.longspan
-        self.options = options
+        self.options, self.turned_anew = options, _turned_anew(module.config)
         self.family: list[PatternLayer] = [self]
         self.reset()
 
@@ -151,7 +151,6 @@ class PatternLayer(CacheLayerMixin):
 
     def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -160,8 +159,7 @@ class PatternLayer(CacheLayerMixin):
         scale: float | None,
         scores: Sequence[Score],
     ) -> Tensor:
-        """Return attention `[batch, length, heads, width]` of the new tokens, and take them in."""
-        self._check(module, pattern, batch, key.shape[2])
+        """Return attention `[batch, length, heads, width]` of the new tokens, which `check` let pass; take them in."""
         kept = self.kept
         if kept is None:
             kept = held.Cache(pattern, heads=query.shape[1], key_heads=key.shape[1], **self.options)
@@ -223,7 +221,7 @@ class PatternLayer(CacheLayerMixin):
         self.columns -= abs(tokens_to_remove)
         self._full -= abs(tokens_to_remove)
 
-    def _check(self, module: nn.Module, pattern: Pattern, batch: Batch, tokens: int) -> None:
+    def check(self, module: nn.Module, pattern: Pattern, batch: Batch, tokens: int) -> None:
         """Refuse what does not continue this cache. The first layer speaks for all, before any has changed."""
         if self.module() is not module:
             raise self._refuse("it was made for another model", "PatternCache(model) for this one")
@@ -238,9 +236,8 @@ class PatternLayer(CacheLayerMixin):
                     raise self._refuse("an earlier forward broke off between its layers", "cache.reset()")
         if self.pattern not in (None, pattern):
             raise self._refuse("the model's own window changed", "PatternCache(model) for this model")
-        turned_anew = _turned_anew(module.config)
-        if turned_anew is not None and self.columns:
-            dynamic, trained = turned_anew
+        if self.turned_anew is not None and self.columns:
+            dynamic, trained = self.turned_anew
             longest = self.columns + tokens
             if longest > trained and (dynamic or min(self.kept.lengths) <= trained):
                 raise self._refuse(

@@ -4,30 +4,32 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attend import attend_with_lse
 from longspan.errors import InputError, PatternError, PlanError, ShapeError, message
-from longspan.frequency import Frequency
 from longspan.hf.attention import attention_modules
 from longspan.hf.batch import Batch
+from longspan.hf.buffer import Buffer
 from longspan.hf.cache import PatternCache, PatternLayer
 from longspan.hf.rope import from_config
 from longspan.kernel.merge import merge
 from longspan.pattern import Causal, Pattern, Sink, SlidingWindow, Streaming, Window
 from longspan.pattern.base import Intersection
-from longspan.rope import shift
+from longspan.rope import displacement, shift
 from longspan.score import Score, Sinks
 
 # Tokens on which a model is read with its own positions and with ours, and how far the two may lie apart.
 _PROBE = 16
 _ROUNDING = {torch.float64: 1e-3, torch.float32: 1e-3}
 _LOW_ROUNDING = 0.1
+# Tokens that the base moves on by at least, so that short windows are not turned all the time.
+_LEAST = 64
 
 
 class StreamCache(PatternCache):
@@ -36,11 +38,12 @@ class StreamCache(PatternCache):
     Law: every query is turned as if the keys that it reads lay at places 0, 1, 2 and so on, and it at the last of
     them: StreamingLLM. So no distance reaches `window + sinks`, however long the text; a key in the window lies as
     far away as in the text, and only sinks come nearer. Pieces of any size give what token by token gives, up to
-    the rounding of one rotation.
+    the rounding of three rotations, however long the text.
 
-    Inside `with`, the model's rotary positions are held at 0, where turning changes nothing (the cosine is 1 and the
-    sine 0, exactly), and keys are held so. They are turned at every reading, so no error adds up over a text. In
-    there the model reads through this cache alone, and refuses all else.
+    Inside `with`, the model counts positions from a base that moves along with the text, so that no angle grows large.
+    Keys are held turned to such places. When the base moves, which is once in a window, they are turned by as much, at
+    most twice each; only sinks, which are few, are turned for every token, from their first places. In there the model
+    reads through this cache alone, and refuses all else.
 
     Args:
         model: a decoder with rotary positions on which `set_pattern` set `Streaming` or `SlidingWindow`, wrapped or
@@ -61,7 +64,7 @@ class StreamCache(PatternCache):
         >>> options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         >>> with StreamCache(model) as cache:
         ...     found = model.generate(torch.arange(3, 43)[None], past_key_values=cache, **options)
-        >>> found.shape, cache.get_seq_length(), cache.nbytes == 2 * 2 * (15 + 4) * 32 * 4
+        >>> found.shape, cache.get_seq_length(), cache.nbytes == 2 * 2 * (16 + 4 + 4) * 32 * 4
         (torch.Size([1, 60]), 59, True)
 
     References:
@@ -71,19 +74,20 @@ class StreamCache(PatternCache):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         modules = attention_modules(model)
-        frequency = from_config(modules[0].config)
+        self.frequency, self.base = from_config(modules[0].config), 0
         rotaries = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
         owners = [module for module in model.modules() if hasattr(module, "rotary_emb")]
-        if frequency.varies or not rotaries:
-            raise _unknown(model, "they vary with the length" if frequency.varies else "no module turns them")
+        if self.frequency.varies or not rotaries:
+            raise _unknown(
+                model, "they vary with the length" if self.frequency.varies else "no module turns them"
+            )
         self.layers = [
-            StreamLayer(layer.module(), frequency, self)
-            for layer in self.layers
-            if isinstance(layer, PatternLayer)
+            StreamLayer(layer.module(), self) for layer in self.layers if isinstance(layer, PatternLayer)
         ]
         for layer in self.layers:
             layer.family = self.layers
-            _bounds(layer.setting.pattern)
+        self._window = max(bounds(layer.setting.pattern)[0] for layer in self.layers)
+        self._turn: tuple[Any, tuple[Tensor, Tensor]] | None = None
         # Weak, as a cache that outlives its model shall not hold its weights.
         self._rotaries, self._owners = weakref.WeakSet(rotaries), weakref.WeakSet(owners)
         self._hooks: list[Any] = []
@@ -92,7 +96,7 @@ class StreamCache(PatternCache):
     def __enter__(self) -> Self:
         if not self._hooks:
             self._hooks = [
-                rotary.register_forward_pre_hook(_at_zero, with_kwargs=True) for rotary in self._rotaries
+                rotary.register_forward_pre_hook(self._places, with_kwargs=True) for rotary in self._rotaries
             ]
             self._hooks += [
                 owner.register_forward_pre_hook(self._through_here, with_kwargs=True)
@@ -117,28 +121,73 @@ class StreamCache(PatternCache):
             f"StreamCache: {self.get_seq_length()} tokens read, {self.nbytes:,} bytes in {len(self)} layers"
         )
 
+    def reset(self) -> None:
+        """Forget everything, as if nothing had been read."""
+        super().reset()
+        self.base = 0
+
+    def turned(self, width: int) -> int:
+        """Return how many numbers of a head `width` wide are turned."""
+        return 2 * self.frequency.angles_per_token(width).shape[-1]
+
+    def turn(self, distance: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosine and sine `[width]` of a turn by so many tokens; layers ask for the same one after another."""
+        asked = (distance, like.shape[3], like.dtype, like.device)
+        if self._turn is None or self._turn[0] != asked:
+            one = torch.tensor([distance], device=like.device)
+            found = displacement(one, self.frequency, width=like.shape[3])
+            exact = torch.promote_types(like.dtype, torch.float32)
+            rest = like.shape[3] - 2 * found.cos.shape[-1]
+            cos, sin = (F.pad(side.to(exact)[0].repeat(2), (0, rest)) for side in (found.cos, found.sin))
+            cos[len(cos) - rest :] = 1
+            self._turn = asked, (cos, sin)
+        return self._turn[1]
+
     def _through_here(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
         if options.get("past_key_values") is not self:
             raise PlanError(
                 message(
                     "Inside `with`, this model reads through its StreamCache alone.",
-                    {"why": "its positions are held at 0, which no other cache knows of"},
+                    {"why": "its positions are counted from a base that no other cache knows of"},
                     fix="past_key_values=cache, or leave the `with` first",
                 )
             )
+        # The last layer is the last to count.
+        read, step = self.layers[-1].columns, max(self._window, _LEAST)
+        if read - self.base >= 2 * step:
+            self.base = read - step
+
+    def _places(
+        self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Count positions from the base: integer tensors are the positions that a rotary module is asked for."""
+        read = self.layers[-1].columns - self.base
+
+        def counted(item: Any) -> Any:
+            if not isinstance(item, Tensor) or item.is_floating_point():
+                return item
+            places = torch.arange(read, read + item.shape[-1], dtype=item.dtype, device=item.device)
+            return places.expand(item.shape)
+
+        return tuple(map(counted, given)), {name: counted(item) for name, item in options.items()}
 
     def _check_turning(self, model: nn.Module) -> None:
         """Read a few tokens with the model's own positions and with ours, which must not differ."""
         size = model.get_input_embeddings().weight.shape[0]
-        tokens = min(_PROBE, *(_bounds(layer.setting.pattern)[0] for layer in self.layers))
+        tokens = min(_PROBE, *(bounds(layer.setting.pattern)[0] for layer in self.layers))
         ids = (torch.arange(tokens, device=model.device) * 7919 % size)[None]
         training = model.training
         model.eval()
         try:
             with torch.no_grad():
                 wanted = model(ids, use_cache=False).logits.double()
+                found = []
                 with self:
-                    error = (model(ids, past_key_values=self).logits.double() - wanted).abs().max()
+                    # Keys of the first half are turned by the model to other places, and then by us.
+                    for piece, self.base in ((ids[:, : tokens // 2], -_PROBE), (ids[:, tokens // 2 :], 0)):
+                        if piece.numel():
+                            found.append(model(piece, past_key_values=self).logits.double())
+                error = (torch.cat(found, dim=1) - wanted).abs().max()
         finally:
             model.train(training)
             self.reset()
@@ -149,13 +198,12 @@ class StreamCache(PatternCache):
 class StreamLayer(PatternLayer):
     """One layer of a `StreamCache`."""
 
-    def __init__(self, module: nn.Module, frequency: Frequency, owner: StreamCache) -> None:
+    def __init__(self, module: nn.Module, owner: StreamCache) -> None:
         super().__init__(module, {})
-        self.frequency, self._owner = frequency, weakref.ref(owner)
+        self._owner = weakref.ref(owner)
 
     def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -165,8 +213,8 @@ class StreamLayer(PatternLayer):
         scores: Sequence[Score],
     ) -> Tensor:
         """Return attention `[batch, length, heads, width]` of the new tokens, and take them in."""
-        self._check(module, pattern, batch, key.shape[2])
-        if not self._owner().open:
+        owner = self._owner()
+        if not owner.open:
             raise self._refuse(
                 "keys reach it turned to places in the text", "with StreamCache(model) as cache: ..."
             )
@@ -174,121 +222,87 @@ class StreamLayer(PatternLayer):
             raise self._refuse("some of the tokens are padding", "one text, or rows of one length")
         if torch.is_grad_enabled() and key.requires_grad:
             raise self._refuse("it carries no gradient", "with torch.no_grad()")
-        window, sinks = _bounds(pattern)
-        kept = self.kept or Kept.empty(key, value)
-        if kept.keys.shape[0] != key.shape[0]:
+        kept = self.kept
+        if kept is None:
+            window, sinks = bounds(pattern)
+            turned = owner.turned(key.shape[3])
+            kept = Buffer(key, value, window=window, sinks=sinks, base=owner.base, turned=turned)
+        elif kept.rows != key.shape[0]:
             raise self._refuse(
-                f"it holds {kept.keys.shape[0]} rows, and {key.shape[0]} came",
-                "cache.reset() for other texts",
+                f"it holds {kept.rows} rows, and {key.shape[0]} came", "cache.reset() for other texts"
             )
-        keys, values = torch.cat([kept.keys, key], dim=2), torch.cat([kept.values, value], dim=2)
-        first = [
-            torch.cat([before, new[:, :, : sinks - before.shape[2]]], dim=2)
-            for before, new in ((kept.first_keys, key), (kept.first_values, value))
-        ]
-        read = self.columns + query.shape[2]
+        kept.rebase(owner.base, owner.frequency)
         if query.shape[2] == 1:
-            outside = min(sinks, max(0, read - window))
-            every = [
-                torch.cat([before[:, :, :outside], after], dim=2)
-                for before, after in zip(first, (keys, values), strict=True)
-            ]
-            # What one query reads lies in order, so its places are counted once for sinks and window.
-            output = self._recent(query, *every, Causal(), scale, scores)[0]
+            kept.put(key, value)
+            read = kept.read(*owner.turn(self.columns - kept.base - self._place(kept), query))
+            # What one query reads lies in no order, and it reads all of it.
+            output = _last(query, *read, scale, scores)
         else:
-            recent = self._recent(query, keys, values, Causal() & Window(window), scale, scores)
-            output = recent[0]
-            if sinks and read > window:
-                output = merge([recent, self._sinks(query, *first, window, sinks, scale, scores)])[0]
-        stay = max(0, keys.shape[2] - (window - 1))
-        # Copies, for views would hold the whole piece.
-        self.kept = Kept(keys[:, :, stay:].clone(), values[:, :, stay:].clone(), *first, length=read)
-        self.pattern = pattern
-        self.columns = read
+            output = self._several(query, key, value, kept, scale, scores)
+            kept.put(key, value)
+        self.kept, self.pattern = kept, pattern
+        self.columns += query.shape[2]
         return output.transpose(1, 2).contiguous()
-
-    def _recent(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        pattern: Pattern,
-        scale: float | None,
-        scores: Sequence[Score],
-    ) -> tuple[Tensor, Tensor]:
-        """Read keys at places 0, 1, 2 and so on, the last of which are the queries' own."""
-        places = torch.arange(key.shape[2], device=key.device)
-        return attend_with_lse(
-            shift(query, places[-query.shape[2] :], self.frequency),
-            shift(key, places, self.frequency),
-            value,
-            pattern,
-            scale=scale,
-            scores=scores,
-        )
 
     def check_crop(self, tokens_to_remove: int) -> None:
         raise _one_way(f"crop({tokens_to_remove})")
 
-    def _sinks(
+    def select(self, rows: Tensor) -> None:
+        raise _one_way("other rows of the batch, as beams are")
+
+    batch_select_indices = reorder_cache = select
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise _one_way(f"{repeats} rows in place of each")
+
+    def _place(self, kept: Buffer) -> int:
+        """Return the place at which the next token reads the sinks."""
+        return min(self.columns, kept.window + kept.sinks - 1)
+
+    def _several(
         self,
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        window: int,
-        sinks: int,
+        kept: Buffer,
         scale: float | None,
         scores: Sequence[Score],
-    ) -> tuple[Tensor, Tensor]:
-        """Read the sinks that lie before the window of a query, which lies at the last place of a full cache."""
+    ) -> Tensor:
+        """Read the window and, where it has left them behind, the sinks, and merge."""
+        window, sinks = kept.window, kept.sinks
+        keys, values = (
+            torch.cat([before, new], dim=2) for before, new in zip(kept.recent(), (key, value), strict=True)
+        )
+        # All of them lie at their distances.
+        recent = attend_with_lse(query, keys, values, Causal() & Window(window), scale=scale, scores=scores)
+        begin, end = self.columns, self.columns + query.shape[2]
+        if not sinks or end <= window:
+            return recent[0]
         last = window + sinks - 1
-        tokens = query.shape[2]
-        places = torch.arange(self.columns, self.columns + tokens, device=query.device).clamp(max=last)
-        # From there on all queries read all sinks, so that one plan serves the whole text.
-        start = min(self.columns, last)
-        return attend_with_lse(
-            shift(query, places, self.frequency),
-            shift(key, torch.arange(key.shape[2], device=key.device), self.frequency),
-            value,
+        positions = torch.arange(begin, end, device=query.device)
+        owner = self._owner()
+        # From the last place on all queries read all sinks, so that one plan serves the whole text.
+        start = min(begin, last)
+        far = attend_with_lse(
+            shift(query, positions.clamp(max=last) - (positions - kept.base), owner.frequency),
+            *kept.begun(key, value),
             (Causal() & Sink(sinks)) - Window(window),
-            queries=range(start, start + tokens),
+            queries=range(start, start + end - begin),
             scale=scale,
             # A learned sink is in the softmax once.
             scores=[score for score in scores if not isinstance(score, Sinks)],
         )
+        return merge([recent, far])[0]
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Keys and values of one layer, unturned: those of the window, and the first of the text.
-
-    Attributes:
-        keys, values, first_keys, first_values: `[batch, key heads, tokens, width]`.
-        length: tokens read.
-    """
-
-    keys: Tensor
-    values: Tensor
-    first_keys: Tensor
-    first_values: Tensor
-    length: int
-
-    @classmethod
-    def empty(cls, key: Tensor, value: Tensor) -> Kept:
-        return cls(*(side[:, :, :0] for side in (key, value, key, value)), length=0)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens read in each row."""
-        return [self.length] * len(self.keys)
-
-    @property
-    def nbytes(self) -> int:
-        sides = (self.keys, self.values, self.first_keys, self.first_values)
-        return sum(side.numel() * side.element_size() for side in sides)
-
-    def select(self, rows: Tensor) -> None:
-        raise _one_way("other rows of the batch, as beams are")
+def _last(query: Tensor, key: Tensor, value: Tensor, scale: float | None, scores: Sequence[Score]) -> Tensor:
+    """Return what one query of each row reads, `[batch, heads, 1, width]`: all keys there are."""
+    if scores:
+        return attend_with_lse(query, key, value, Causal(), scale=scale, scores=scores)[0]
+    # The query heads of one key head become rows of one block, so that keys are read once.
+    folded = query.reshape(len(query), key.shape[1], -1, query.shape[3])
+    output = F.scaled_dot_product_attention(folded, key, value, scale=scale)
+    return output.reshape(*query.shape[:3], -1)
 
 
 def _one_way(asked: str) -> ShapeError:
@@ -301,7 +315,7 @@ def _one_way(asked: str) -> ShapeError:
     )
 
 
-def _bounds(pattern: Pattern) -> tuple[int, int]:
+def bounds(pattern: Pattern) -> tuple[int, int]:
     """Return the window and the sinks of a pattern.
 
     Raises:
@@ -332,17 +346,6 @@ def _refusal(pattern: Pattern) -> PatternError:
             fix="Streaming(508, sinks=4) or SlidingWindow(512); PatternCache(model) for any other pattern",
         )
     )
-
-
-def _at_zero(
-    module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn nothing: integer tensors are the positions that a rotary module is asked for."""
-
-    def zeroed(item: Any) -> Any:
-        return torch.zeros_like(item) if isinstance(item, Tensor) and not item.is_floating_point() else item
-
-    return tuple(map(zeroed, given)), {name: zeroed(item) for name, item in options.items()}
 
 
 def _unknown(model: nn.Module, reason: str) -> InputError:
