@@ -10,6 +10,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
@@ -38,6 +39,7 @@ FULL = {
     "qwen2": Qwen2Config(**_SHAPE),
     "qwen3": Qwen3Config(**_SHAPE, head_dim=8),
     "gemma": GemmaConfig(**_SHAPE, head_dim=16),
+    "phi": PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
     "gpt2": GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=32,

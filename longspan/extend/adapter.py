@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from longspan.errors import InputError, message
 
 # How the projections of attention are called: separate in most models, joined in some.
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn")
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "c_attn", "dense")
 
 
 def check_method(method: str) -> None:
