@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import yaml
@@ -15,6 +17,8 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     llama(positions=64).save_pretrained(folder / "tiny")
     byte_tokenizer().save_pretrained(folder / "tiny")
+    llama(positions=64, vocabulary=100).save_pretrained(folder / "foreign")
+    byte_tokenizer().save_pretrained(folder / "foreign")
     small = BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     BertModel(small).save_pretrained(folder / "bert")
     return folder
@@ -29,6 +33,7 @@ def place(tmp_path):
     (tmp_path / "unknown.yaml").write_text("stepps: 10\n")
     (tmp_path / "list.yaml").write_text("- steps\n- 10\n")
     (tmp_path / "kind.yaml").write_text("steps: many\n")
+    (tmp_path / "place.yaml").write_text("output: 7\n")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("years of work")
     return tmp_path
@@ -62,6 +67,8 @@ def refused(problem, *arguments):
         refused("The file of settings cannot be read.", "--config", "{place}/missing.yaml"),
         refused("The file of settings cannot be read.", "--config", "{place}/list.yaml"),
         refused("An option of the recipe is out of range.", "--config", "{place}/kind.yaml"),
+        refused("A setting is out of range.", "--config", "{place}/place.yaml"),
+        refused("The tokenizer does not belong to this model.", "{models}/foreign"),
         refused("An option of the recipe has no such choice.", "--method", "lora-plus"),
         refused("A sequence of patterns needs one for each", "--pattern", "Causal(); Window(4); Window(8)"),
         refused("This text is no pattern.", "--pattern", "Window({{1/0}})"),
@@ -84,6 +91,38 @@ def test_bad_input_gets_one_message_and_code_2(run, models, place, arguments, pr
     assert any(line.startswith("  try") for line in told) and "Traceback" not in err
     assert [path.name for path in (place / "full").iterdir()] == ["thesis.txt"]
     assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["extend", "eval", "read"])
+def test_what_does_not_go_together_or_fit_is_refused(run, models, place, command, monkeypatch):
+    """A tokenizer of another model, and weights that no memory holds: before any work, by every command."""
+    model, text = [models / "foreign"], ["--text", place / "novel.txt"]
+    if command == "read":
+        model, text = ["--model", *model], [place / "novel.txt"]
+    options = {"extend": ["--length", 256, "--output", place / "out"], "eval": ["--lengths", "256,512"]}
+    asked = [command, *model, *text, *options.get(command, [])]
+    code, out, err = run(*asked)
+    assert (code, out) == (2, "")
+    assert err.partition("The tokenizer")[2].splitlines() == [
+        " does not belong to this model.",
+        "  model      LlamaForCausalLM with embeddings of 100 tokens",
+        # The end token, which is not put after a text that is read on.
+        f"  tokenizer  writes this text with token {220 if command == 'read' else 256}",
+        "  try        the tokenizer that the model was trained with, in the model's folder",
+    ]
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    code, out, err = run(*asked)
+    assert (code, out) == (2, "")
+    if command == "extend":
+        assert "This recipe does not fit into memory.\n  needs     memory " in err
+    else:
+        assert err.splitlines() == [
+            "This model does not fit into memory.",
+            f"  model     {models}/foreign",
+            "  needs     87.7 kB for its weights in float32",
+            "  there is  1.00 kB on cpu",
+            "  try       a smaller model, or a machine with more memory",
+        ]
 
 
 def test_an_unknown_setting_gets_the_nearest_known_one(run, place):

@@ -87,7 +87,7 @@ def test_what_does_not_fit_is_refused_with_what_would():
         Forecast(MIDDLING, Recipe(length=65536), machine(memory=36e9)).require()
     lines = str(refused.value).splitlines()
     assert lines[0] == "This recipe does not fit into memory."
-    assert lines[1].startswith("  needs     memory ") and lines[2] == "  there is  36.00 GB"
+    assert lines[1].startswith("  needs     memory ") and lines[2] == "  there is  36.0 GB"
     assert lines[3] == "  try       --activations recomputed"
     with pytest.raises(InputError, match="a smaller model"):
         Forecast(MIDDLING, Recipe(length=65536), machine(memory=1e9)).require()

@@ -18,7 +18,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # What a part may import besides itself. Imports point down this list only.
 LAYERS = [
-    {"errors"},
+    {"errors", "size", "version"},
     {"layout", "frequency", "score", "text", "pattern"},
     {"derive"},
     {"kernel"},

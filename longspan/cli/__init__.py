@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from longspan.cli.plan import command as plan_command
 from longspan.cli.read import command as read_command
 from longspan.cli.show import command as show_command
 from longspan.errors import LongspanError
+from longspan.version import version as installed
 
 app = typer.Typer(
     name="longspan",
@@ -34,10 +34,7 @@ app.command("demo")(demo_command)
 
 def _version(asked: bool) -> None:
     if asked:
-        try:
-            typer.echo(f"longspan {version('longspan')}")
-        except PackageNotFoundError:
-            typer.echo("longspan, not installed")
+        typer.echo(f"longspan {installed('longspan') or 'not installed'}")
         raise typer.Exit
 
 

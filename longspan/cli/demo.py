@@ -15,7 +15,7 @@ def command(
 ) -> None:
     """Extend the default model from 512 to 4,096 tokens and show that it worked.
 
-    Measures it as it is, with stretched positions alone, and trained; prints the table and draws the curves.
+    Trains it, measures it as it was, with stretched positions alone, and trained; prints the table and draws the curves.
     Takes a few minutes on two cores and downloads nothing.
     """
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
@@ -27,7 +27,7 @@ def command(
     from longspan.cli.extend import described
     from longspan.cli.progress import Progress
     from longspan.evaluate.chart import chart
-    from longspan.evaluate.evaluation import Evaluation, Protocol, evaluate
+    from longspan.evaluate.evaluation import evaluate
     from longspan.evaluate.report import Report
     from longspan.evaluate.table import table
     from longspan.extend import extension
@@ -42,12 +42,20 @@ def command(
     check_output(picture, (".png",))
     recipe = Recipe()
     held = split(documents())[1]
-    longer = stretched(recipe)
-    evaluations: list[Evaluation] = []
-
+    models = [
+        ("before", None, None),
+        (f"{recipe.rope} alone", None, stretched(recipe)),
+        ("after", str(folder), None),
+    ]
+    evaluations = []
     with Progress() as progress:
-
-        def measure(label: str, source: str | None, config: object = None) -> None:
+        progress.note(described(recipe))
+        try:
+            extension.extend(recipe, folder, progress=lambda name, done: progress.task(name, done=done))
+        except extension.Interrupted as stop:
+            progress.note(f"stopped after step {stop.step} of {stop.steps}")
+            raise typer.Exit(130) from None
+        for label, source, config in models:
             model, tokenizer = load_model(source, config=config)
             evaluations.append(
                 evaluate(
@@ -56,20 +64,9 @@ def command(
                     encode(held, tokenizer),
                     label=label,
                     source=source or "default",
-                    protocol=Protocol(),
                     progress=progress.task,
                 )
             )
-
-        measure("before", None)
-        measure(f"{recipe.rope} alone", None, longer)
-        progress.note(described(recipe))
-        try:
-            extension.extend(recipe, folder, progress=lambda name, done: progress.task(name, done=done))
-        except extension.Interrupted as stop:
-            progress.note(f"stopped after step {stop.step} of {stop.steps}")
-            raise typer.Exit(130) from None
-        measure("after", str(folder))
 
     report = Report(f"the standard library of Python {python_version()}", len(held), tuple(evaluations))
     Console().print(table(report))

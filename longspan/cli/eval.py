@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli import options
 from longspan.cli.lengths import parse_lengths
 from longspan.errors import InputError, message
 
@@ -40,18 +41,8 @@ def command(
             "common-words, frequent-words, speed; ruler is the seven in the middle, all is all.",
         ),
     ] = "perplexity,passkey",
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|FOLDER|DATASET",
-            help="Text whose held-out part is read; without it, this Python's standard library.",
-            show_default=False,
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Column of a dataset that holds the text.", show_default=False),
-    ] = None,
+    text: Annotated[str | None, options.text("Text whose held-out part is read")] = None,
+    column: options.Column = None,
     stride: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tokens predicted at the end of each window.")
     ] = 256,
@@ -74,15 +65,8 @@ def command(
             show_default="dense",
         ),
     ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
-        ),
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures here.", show_default=False)
-    ] = None,
+    device: options.Device = None,
+    json: options.Json = None,
     picture: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Draw the curves here (PNG, SVG, PDF).", show_default=False),

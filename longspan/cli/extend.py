@@ -7,19 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder or Hugging Face id; without it, the default model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: options.Model = None,
     config: Annotated[
         Path | None,
         typer.Option(
@@ -32,18 +26,8 @@ def command(
         str | None,
         typer.Option(metavar="N", help="Tokens the model shall read; 4k is 4096.", show_default="4096"),
     ] = None,
-    text: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE|FOLDER|DATASET",
-            help="Text to train on; without it, this Python's standard library.",
-            show_default=False,
-        ),
-    ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Column of a dataset that holds the text.", show_default=False),
-    ] = None,
+    text: Annotated[str | None, options.text("Text to train on")] = None,
+    column: options.Column = None,
     rope: Annotated[
         str | None,
         typer.Option(
@@ -167,12 +151,7 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
-        ),
-    ] = None,
+    device: options.Device = None,
 ) -> None:
     """Make a pretrained model read a longer text.
 

@@ -6,19 +6,13 @@ from typing import Annotated
 
 import typer
 
+from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
 
 
 def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder or Hugging Face id; without it, the default model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: options.Model = None,
     length: Annotated[
         str, typer.Option(metavar="N", help="Tokens the model shall read; 128k is 131072.")
     ] = "4096",
@@ -40,6 +34,7 @@ def command(
     from longspan.extend.forecast import Machine, advice, by_method
     from longspan.extend.recipe import Recipe
     from longspan.hf.model import load_config
+    from longspan.size import size
 
     for name, value in (("gpus", devices), ("memory", memory), ("speed", speed)):
         if not 0 < value < 1e9:
@@ -65,16 +60,16 @@ def command(
         name = f"{each.recipe.method}, {each.recipe.activations}"
         ranks = "too large" if each.ranks is None else str(each.ranks)
         typer.echo(
-            f"{name:<22}{each.memory.trained:>16,}{each.memory.total / 1e9:>11,.2f} GB{ranks:>16}"
+            f"{name:<22}{each.memory.trained:>16,}{size(each.memory.total):>14}{ranks:>16}"
             f"{each.seconds / 3600:>10,.2f} h"
         )
     gradients, keys = next(each for each in forecasts if each.recipe.method == "lora+").traffic
     typer.echo(
-        f"traffic: {gradients / 1e9:,.3f} GB of gradients per device and step (lora+), and {keys / 1e9:,.2f} GB "
+        f"traffic: {size(gradients)} of gradients per device and step (lora+), and {size(keys)} "
         f"of keys and values where {devices} share a window"
     )
     typer.echo(
-        f"reading: {first.cache / 1e9:,.2f} GB of keys and values, {first.prefill / 1e12:,.1f} TFLOP "
+        f"reading: {size(first.cache)} of keys and values, {first.prefill / 1e12:,.1f} TFLOP "
         f"({first.prefill / machine.speed:,.1f} s on one device) before the first answer"
     )
     for name, reason in advice(config, recipe, machine):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from longspan.cli import options
 from longspan.cli.eval import check_output
 from longspan.errors import InputError, PatternError, message
 
@@ -25,14 +26,7 @@ _ONCE, _TWICE = 1 << 17, 1 << 18
 
 def command(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The text, UTF-8.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Folder or Hugging Face id; without it, the default model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: options.ModelOption = None,
     pattern: Annotated[
         str | None,
         typer.Option(
@@ -56,15 +50,8 @@ def command(
     ] = None,
     answer: Annotated[int, typer.Option(min=0, metavar="N", help="The most tokens of the answer.")] = 128,
     chunk: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens read at a time.")] = 512,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
-        ),
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the figures here.", show_default=False)
-    ] = None,
+    device: options.Device = None,
+    json: options.Json = None,
 ) -> None:
     """Read a text of any length with a cache of constant size, and answer a question at its end.
 
@@ -83,7 +70,7 @@ def command(
     from longspan.evaluate.stream import Stream
     from longspan.hf.attention import set_pattern
     from longspan.hf.cache import PatternCache
-    from longspan.hf.model import load_config, load_model
+    from longspan.hf.model import check_tokens, load_config, load_model
     from longspan.hf.stream import StreamCache
     from longspan.pattern.expression import parse
     from longspan.text.documents import documents
@@ -103,6 +90,7 @@ def command(
     sparse = sparse or fitting(config)
     loaded, tokenizer = load_model(model, device=place)
     ids, asked = encoded(tokenizer, text, question)
+    check_tokens(loaded, ids)
     set_pattern(loaded, sparse)
     cache: PatternCache | None = None
     if places != "text":
@@ -241,13 +229,14 @@ def table(found: tuple[Checkpoint, ...], title: str) -> Table:
     """Return checkpoints as a table."""
     from rich.table import Table
 
+    from longspan.size import size
+
     made = Table(title=title, title_justify="left")
     for name in ("tokens", "perplexity", "since the last", "tokens/s", "cache", "memory"):
         made.add_column(name, justify="right")
     for at in found:
-        memory = "unknown" if at.memory_bytes is None else f"{at.memory_bytes / 1e6:,.0f} MB"
         cells = [f"{at.tokens:,}", f"{at.perplexity:.3f}", f"{_exp(at.recent):.3f}"]
-        made.add_row(*cells, f"{at.tokens_per_second:,.0f}", f"{at.cache_bytes / 1e6:,.2f} MB", memory)
+        made.add_row(*cells, f"{at.tokens_per_second:,.0f}", size(at.cache_bytes), size(at.memory_bytes))
     return made
 
 

@@ -13,6 +13,7 @@ from longspan.evaluate.passkey import DEPTHS, TRIALS, Passkey, check_prompts, pa
 from longspan.evaluate.perplexity import SEGMENTS, STRIDE, Perplexity, check_windows, perplexity
 from longspan.evaluate.speed import RUNS, Speed, speed
 from longspan.evaluate.task import TASKS, Scores, drawn, effective_length, scores
+from longspan.hf.model import check_tokens
 from longspan.text.corpus import Corpus
 
 # What is measured if nothing else is asked for.
@@ -167,6 +168,7 @@ def check(model: Any, tokenizer: Any, text: Corpus, protocol: Protocol) -> None:
                 fix="some of these",
             )
         )
+    check_tokens(model, text.ids)
     check_positions(model, max(protocol.lengths))
     text.require(max(protocol.lengths), name="held-out text")
     if "perplexity" in protocol.measures:

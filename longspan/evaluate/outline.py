@@ -11,9 +11,10 @@ from longspan.evaluate import plot
 from longspan.evaluate.evaluation import Evaluation
 from longspan.evaluate.passkey import Passkey
 from longspan.evaluate.report import Report
-from longspan.evaluate.table import bits, compared, figure, percents, reach, size
+from longspan.evaluate.table import bits, compared, figure, percents, reach
 from longspan.evaluate.task import THRESHOLD, Scores, means
 from longspan.kernel.plan import plan
+from longspan.size import size
 
 
 @dataclass(frozen=True)

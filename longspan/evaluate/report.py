@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from longspan.evaluate.evaluation import Evaluation, Protocol
 from longspan.evaluate.passkey import Passkey
 from longspan.evaluate.reading import Reading
 from longspan.evaluate.task import THRESHOLD, Scores, means
+from longspan.version import version
 
 SCHEMA = "longspan/evaluation/1"
 
@@ -46,7 +46,8 @@ class Report:
     @property
     def versions(self) -> dict[str, str | None]:
         """Versions of Python and of the packages that the figures depend on, None for those not installed."""
-        return _versions()
+        found = {package: version(package) for package in ("longspan", "torch", "transformers")}
+        return {"python": platform.python_version()} | found
 
     def json(self) -> dict[str, Any]:
         """Return the report as plain values.
@@ -144,13 +145,3 @@ def _by_length(lengths: Sequence[int], figures: Sequence[float]) -> dict[str, fl
         str(length): round(figure, 6) if math.isfinite(figure) else None
         for length, figure in zip(lengths, figures, strict=True)
     }
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("longspan", "torch", "transformers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found

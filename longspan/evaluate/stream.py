@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from longspan.errors import InputError, message
 from longspan.hf.cache import PatternCache
+from longspan.size import size
 
 # By this many tokens any window of a small model is full, so a long text is looked at there too.
 _EARLY = 10_000
@@ -132,8 +133,8 @@ class Stream:
                 found.append(Checkpoint(end, loss / guessed, recent, seconds, self.cache.nbytes, memory))
                 before, guessed_before = loss, guessed
             if progress is not None:
-                megabytes = f"{self.cache.nbytes / 1e6:,.2f} MB"
-                progress(end, total, perplexity=math.exp(loss / max(1, guessed)), cache=megabytes)
+                cache = size(self.cache.nbytes)
+                progress(end, total, perplexity=math.exp(loss / max(1, guessed)), cache=cache)
         return tuple(found)
 
     def write(self, ids: Sequence[int], *, budget: int, ends: Sequence[int] = ()) -> list[int]:

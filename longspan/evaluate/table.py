@@ -15,6 +15,7 @@ from longspan.evaluate.perplexity import Perplexity
 from longspan.evaluate.report import Report
 from longspan.evaluate.speed import Speed
 from longspan.evaluate.task import THRESHOLD, means
+from longspan.size import size
 
 
 def table(report: Report) -> Group:
@@ -72,21 +73,6 @@ def bits(value: float) -> str:
 def percents(shares: Sequence[float]) -> list[str]:
     """Write shares as whole percents."""
     return [f"{share:.0%}" for share in shares]
-
-
-def size(count: int | None) -> str:
-    """Write a number of bytes with three digits, or that it is not known.
-
-    Example:
-        >>> size(4194304), size(900), size(None)
-        ('4.19 MB', '900 B', 'not known')
-    """
-    if count is None:
-        return "not known"
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"
 
 
 def reach(evaluation: Evaluation) -> str:

@@ -22,7 +22,7 @@ from longspan.extend.stretch import SEARCHED, found, settled, stretched
 from longspan.extend.training import KEPT, Progress, bfloat16_is_fast, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
-from longspan.hf.model import load_config, load_model
+from longspan.hf.model import check_tokens, load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.text.documents import documents, split
 from longspan.text.encoding import encode
@@ -182,6 +182,7 @@ class _Prepared:
         self.recipe, self.config = recipe, config
         self.model, self.tokenizer = load_model(recipe.model, config=config, device=device)
         corpus = encode(training, self.tokenizer)
+        check_tokens(self.model, corpus.ids)
         corpus.require(recipe.window, name="the text to train on")
         self.windows = TrainingWindows(
             corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks() // self.together

@@ -16,6 +16,7 @@ from longspan.extend import settings, state
 from longspan.extend.recipe import Recipe
 from longspan.hf.config import write_config
 from longspan.hf.quiet import quiet
+from longspan.size import size
 
 
 class OutputFolder:
@@ -66,24 +67,24 @@ class OutputFolder:
                 )
             )
 
-    def require(self, size: int) -> None:
+    def require(self, needed: int) -> None:
         """Check that the disk has room for what a run writes.
 
         Args:
-            size: bytes.
+            needed: bytes.
 
         Raises:
             InputError: it has not.
         """
         free = shutil.disk_usage(self._nearest()).free
-        if free < size:
+        if free < needed:
             raise InputError(
                 message(
                     "The disk has too little room for this run.",
                     self._asked
                     | {
-                        "needed": f"{size / 1e9:.2f} GB, for the states of the training and the result",
-                        "free": f"{free / 1e9:.2f} GB",
+                        "needed": f"{size(needed)}, for the states of the training and the result",
+                        "free": size(free),
                     },
                     fix="another folder; or --method lora, whose states are small",
                 )

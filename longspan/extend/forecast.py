@@ -13,6 +13,7 @@ from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
 from longspan.extend.recipe import METHODS, Recipe
 from longspan.pattern import parse
+from longspan.size import size
 
 # What is tried when a recipe does not fit, in the order of how little it changes.
 _SMALLER = (
@@ -25,7 +26,6 @@ _SMALLER = (
 # Below this, a kernel that reads all keys is as fast as any pattern worth training with.
 _DENSE = 8192
 _MILLION = 1 << 20
-_GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -142,9 +142,9 @@ class Forecast:
         memory, recipe = self.memory, self.recipe
         return [
             f"training {memory.trained:,} of {memory.parameters:,} parameters, activations {recipe.activations}",
-            f"memory {_gb(memory.total)}: model {_gb(memory.weights)}, optimizer and gradients "
-            f"{_gb(memory.moments + memory.gradients)}, activations {_gb(memory.activations)}, workspace "
-            f"{_gb(memory.workspace)}; {_gb(self.machine.memory)} are there",
+            f"memory {size(memory.total)}: model {size(memory.weights)}, optimizer and gradients "
+            f"{size(memory.moments + memory.gradients)}, activations {size(memory.activations)}, workspace "
+            f"{size(memory.workspace)}; {size(self.machine.memory)} are there",
         ]
 
     def require(self) -> None:
@@ -158,7 +158,7 @@ class Forecast:
         raise InputError(
             message(
                 "This recipe does not fit into memory.",
-                {"needs": self.lines()[1].partition(";")[0], "there is": _gb(self.machine.memory)},
+                {"needs": self.lines()[1].partition(";")[0], "there is": size(self.machine.memory)},
                 fix=self._smaller(),
             )
         )
@@ -236,8 +236,8 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
         rows.append(
             (
                 "method",
-                f"{alone.recipe.method}, activations {alone.recipe.activations}: {_gb(alone.memory.total)} of "
-                f"{_gb(machine.memory)}; each device reads windows of its own",
+                f"{alone.recipe.method}, activations {alone.recipe.activations}: {size(alone.memory.total)} of "
+                f"{size(machine.memory)}; each device reads windows of its own",
             )
         )
     else:
@@ -271,7 +271,3 @@ def _positions(factor: float) -> str:
     if factor <= 32:
         return f"yarn: {factor:g} times further, within what it was published for"
     return f"yarn in several runs, or searched factors (LongRoPE): {factor:g} times further is more than 32"
-
-
-def _gb(size: float) -> str:
-    return f"{size / _GB:,.2f} GB" if size < 100 * _GB else f"{size / _GB:,.0f} GB"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from longspan.errors import InputError, message
 from longspan.extend.recipe import Recipe
+from longspan.version import version
 
 FILE = "recipe.yaml"
 # What a command line takes beside the recipe.
@@ -68,7 +68,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 def write(recipe: Recipe, path: Path) -> None:
     """Write a recipe so that `read` gives it back, with the versions that it was carried out with."""
-    versions = ", ".join(f"{name} {_version(name)}" for name in _PACKAGES)
+    versions = ", ".join(f"{name} {version(name) or 'not installed'}" for name in _PACKAGES)
     head = f"# {versions}\n# Repeat: longspan extend --config {path.name} --output FOLDER\n"
     values = asdict(recipe)
     if recipe.window == recipe.length:
@@ -101,6 +101,14 @@ def load(folder: Path) -> Recipe:
 
 def _value(name: str, value: Any) -> Any:
     kind = _KINDS.get(name, "str")
+    if name in PLACES and not isinstance(value, str):
+        raise InputError(
+            message(
+                "A setting is out of range.",
+                {"asked": f"{name} {value!r}", "wanted": "text"},
+                fix=f'{name}: "{value}"',
+            )
+        )
     if name == "pattern" and isinstance(value, list):
         return "; ".join(map(str, value))
     if kind.startswith("float") and isinstance(value, str):
@@ -109,13 +117,6 @@ def _value(name: str, value: Any) -> Any:
         except ValueError:
             return value
     return value
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _unreadable(path: Path, reason: str) -> InputError:

@@ -39,6 +39,7 @@ from longspan.hf.loader import share_batches
 from longspan.hf.quiet import quiet
 from longspan.hf.sequence import sequence_parallel
 from longspan.pattern import parse
+from longspan.size import size
 
 # States that are kept, the last ones; while the next one is written there is one more.
 KEPT = 2
@@ -257,7 +258,7 @@ class _Keeping(TrainerCallback):
         if control.should_save and args.should_save:
             free = shutil.disk_usage(self.folder if self.folder.exists() else self.folder.parent).free
             if free < self.size:
-                raise self.failed(f"it takes {self.size / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free")
+                raise self.failed(f"it takes {size(self.size)}, and {size(free)} are free")
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any

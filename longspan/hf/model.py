@@ -7,6 +7,8 @@ from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+import numpy as np
+import psutil
 import torch
 from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import HFValidationError
@@ -25,6 +27,7 @@ from transformers import (
 
 from longspan.errors import InputError, message
 from longspan.hf.quiet import quiet
+from longspan.size import size
 
 DEFAULT = "default"
 _PACKAGED = Path(__file__).parents[1] / "default_model"
@@ -85,7 +88,8 @@ def load_model(
         The model and the tokenizer.
 
     Raises:
-        InputError: as `load_config`; or there is no tokenizer, there are no weights, or some are missing.
+        InputError: as `load_config`; or there is no tokenizer, there are no weights, some are missing, or there is no
+            room for them.
 
     Example:
         >>> model, tokenizer = load_model("path/to/model")  # doctest: +SKIP
@@ -94,6 +98,7 @@ def load_model(
         config = load_config(source)
     place = _place(source)
     _check_causal(place, config)
+    _check_room(place, config, dtype, torch.device(device))
     reading = _reading(place)
     with quiet():
         try:
@@ -117,6 +122,49 @@ def load_model(
             )
         )
     return model.to(device).eval(), tokenizer
+
+
+def check_tokens(model: PreTrainedModel, ids: np.ndarray) -> None:
+    """Refuse token ids that a model has no embeddings for.
+
+    Raises:
+        InputError: the tokenizer that made them is that of another model.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(ids) and ids.max() >= known:
+        raise InputError(
+            message(
+                "The tokenizer does not belong to this model.",
+                {
+                    "model": f"{type(model).__name__} with embeddings of {known:,} tokens",
+                    "tokenizer": f"writes this text with token {ids.max():,}",
+                },
+                fix="the tokenizer that the model was trained with, in the model's folder",
+            )
+        )
+
+
+def _check_room(place: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse weights that do not fit into memory, before they are read; they come through the CPU's."""
+    with torch.device("meta"), quiet():
+        empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    needed = sum(weight.numel() * weight.element_size() for weight in empty.parameters())
+    rooms = {"cpu": psutil.virtual_memory().available}
+    if device.type == "cuda":
+        rooms[str(device)] = torch.cuda.mem_get_info(device)[0]
+    for name, room in rooms.items():
+        if needed > room:
+            raise InputError(
+                message(
+                    "This model does not fit into memory.",
+                    {
+                        "model": place,
+                        "needs": f"{size(needed)} for its weights in {str(dtype).removeprefix('torch.')}",
+                        "there is": f"{size(room)} on {name}",
+                    },
+                    fix="a smaller model, or a machine with more memory",
+                )
+            )
 
 
 def _place(source: str | os.PathLike[str] | None) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from weakref import WeakKeyDictionary
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from longspan.errors import message
 from longspan.ring.transport import RankError, reaching
+from longspan.version import version
 
 _agreed: WeakKeyDictionary[dist.ProcessGroup, set[tuple[tuple[str, str], ...]]] = WeakKeyDictionary()
 
@@ -31,7 +31,7 @@ def agree(group: dist.ProcessGroup, facts: dict[str, str], problem: str | None) 
         return
     rank = dist.get_rank(group)
     said: list[tuple[dict[str, str], str | None]] = [({}, None)] * dist.get_world_size(group)
-    mine = {**facts, "longspan": _version(), "torch": torch.__version__}
+    mine = {**facts, "longspan": version("longspan") or "not installed", "torch": torch.__version__}
     with reaching(rank, "the other ranks", "comparing what each rank is about to do"):
         dist.all_gather_object(said, (mine, problem), group=group)
     troubled = [f"rank {n}  {line}" for n, (_, why) in enumerate(said) if why for line in why.splitlines()]
@@ -72,10 +72,3 @@ def same(group: dist.ProcessGroup, numbers: Tensor, what: str) -> None:
                 fix="the same on all ranks that share a text; longspan.hf.share_batches(loader, ranks) sees to it",
             )
         )
-
-
-def _version() -> str:
-    try:
-        return version("longspan")
-    except PackageNotFoundError:
-        return "not installed"

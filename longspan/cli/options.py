@@ -1,0 +1,38 @@
+"""Options that several commands take, spelled once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+_MODEL: dict[str, Any] = {
+    "metavar": "MODEL",
+    "help": "Folder or Hugging Face id; without it, the default model.",
+    "show_default": False,
+}
+Model = Annotated[str | None, typer.Argument(**_MODEL)]
+ModelOption = Annotated[str | None, typer.Option(**_MODEL)]
+Column = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Column of a dataset that holds the text.", show_default=False),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
+    ),
+]
+Json = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Write the figures here.", show_default=False)
+]
+
+
+def text(purpose: str) -> Any:
+    """Return the option that names a text, by what it is for."""
+    return typer.Option(
+        metavar="FILE|FOLDER|DATASET",
+        help=f"{purpose}; without it, this Python's standard library.",
+        show_default=False,
+    )
