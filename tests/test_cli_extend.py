@@ -120,7 +120,7 @@ def test_what_does_not_go_together_or_fit_is_refused(run, models, place, command
             "This model does not fit into memory.",
             f"  model     {models}/foreign",
             "  needs     87.7 kB for its weights in float32",
-            "  there is  1.00 kB on cpu",
+            "  there is  1.0 kB on cpu",
             "  try       a smaller model, or a machine with more memory",
         ]
 

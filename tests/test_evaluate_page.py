@@ -190,7 +190,7 @@ def test_the_figures_of_tasks_and_speed_are_in_the_json_and_in_the_table(tmp_pat
         " a <b> & c   100%     54%     30%   512",
         " after       100%    100%     88%   4,096",
         " after       5,120   5,120   2,560",
-        " after       1.00 MB   2.00 MB   8.00 MB",
+        " after       1.0 MB   2.0 MB   8.0 MB",
     ):
         assert line in shown, line
     only = report("variables").json()

@@ -18,6 +18,7 @@ from longspan.kernel.parts import Part, parts
 from longspan.kernel.rates import dearer
 from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys, workspace
 from longspan.pattern import Pattern
+from longspan.size import size
 
 # The most memory that dense scores may take.
 REFERENCE_BYTES = 8 * 10**9
@@ -172,7 +173,7 @@ class Plan:
         return "\n".join(["Plan", *lines])
 
     def _workspace(self) -> str:
-        forward, backward = map(_size, self.workspace)
+        forward, backward = map(size, self.workspace)
         if self.kernel == "flex":
             return f"{forward} of lists"
         return f"{forward} forward, {backward} backward at most"
@@ -183,19 +184,6 @@ def _span(positions: range) -> str:
     if len(positions) == 1:
         return str(positions[0])
     return f"{positions[0]:,} to {positions[-1]:,}{step}" if positions else "none"
-
-
-def _size(number: int) -> str:
-    """Write a number of bytes in the unit that leaves a few digits.
-
-    Example:
-        >>> _size(512), _size(33_554_432), _size(8_796_093_022_208)
-        ('512 bytes', '33.6 MB', '8,796.1 GB')
-    """
-    for unit, name in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= unit:
-            return f"{number / unit:,.1f} {name}"
-    return f"{number} bytes"
 
 
 def _line(part: Part) -> str:
