@@ -3,10 +3,15 @@
 The yardstick is useful work. A pattern of P pairs takes 4 · width · P floating-point operations forward and
 10 · width · P backward; what a kernel computes and masks away does not count. The rate at which a kernel does this
 work is set against the rate of a large matrix product, measured in the same run: in float32 of 2048 x 2048 x 2048 on
-cpu, in the dtype of the tensors of 8192 x 8192 x 8192 on cuda. Dense causal attention of PyTorch is measured beside it. Repeats are interleaved, so that a machine that slows down slows
-down everything, and medians are reported.
+cpu, in the dtype of the tensors of 8192 x 8192 x 8192 on cuda. Dense causal attention of PyTorch is measured beside it.
+On cpu some rows have key heads that several query heads share, or bfloat16.
+
+Repeats are interleaved, so that a machine that slows down slows down everything, and medians are reported. Where other
+work shares the processor, `--clock processor` counts the time that this process had of it, and `--best` reports the
+shortest times instead of the medians.
 
     python benchmarks/attention.py --json out/attention.json
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/attention.py --clock processor --best
     python benchmarks/attention.py --lengths 4096,16384 --dtype bfloat16
     python benchmarks/attention.py --device cuda --dtype bfloat16 --lengths 32768,131072
 """
@@ -44,19 +49,25 @@ from longspan import (
 )
 from longspan.derive.cost import cost
 from longspan.errors import LongspanError
-from longspan.pattern import Pattern
+from longspan.pattern import BigBird, Pattern
 
 # Each pattern with the length that it is measured at, unless others are asked for.
 PATTERNS: list[tuple[Pattern, int]] = [
     (SlidingWindow(512), 8_192),
     (SlidingWindow(4_096), 32_768),
     (Longformer(257, global_tokens=16), 8_192),
-    (Causal() & (Window(128) | Dilated(128)), 16_384),
-    (LongNet((2_048, 4_096, 8_192), (1, 2, 4)), 16_384),
+    (Causal() & (Window(128) | Dilated(128)), 8_192),
+    (BigBird(64), 8_192),
+    (LongNet((2_048, 4_096, 8_192), (1, 2, 4)), 8_192),
     (S2(2_048), 8_192),
     (SCCA(1_024), 8_192),
     (SCCA(1_024, flow=4), 8_192),
     (LongMixed(1_024), 8_192),
+]
+# Patterns measured on cpu with other heads too: times the query heads, times the key heads, dtype.
+VARIANTS: list[tuple[Pattern, int, tuple[int, int, str]]] = [
+    (SlidingWindow(512), 8_192, variant)
+    for variant in ((4, 4, "float32"), (4, 1, "float32"), (1, 1, "bfloat16"))
 ]
 PRODUCT, CUDA_PRODUCT = 2_048, 8_192
 _FORWARD, _BACKWARD = 4, 10
@@ -70,14 +81,21 @@ class Row:
     length: int
     pairs: int
     share: float
+    shape: tuple[int, ...] = ()
+    key_heads: int = 0
+    dtype: str = "float32"
+    kernel: str = ""
     planned: float = 0.0
     forward: list[float] = field(default_factory=list)
     backward: list[float] = field(default_factory=list)
     refused: str = ""
 
-    def rate(self, times: Sequence[float], work: int, width: int) -> float:
-        """Return useful floating-point operations per second."""
-        return work * width * self.pairs / statistics.median(times)
+    @property
+    def title(self) -> str:
+        """The name, and what is not as in most rows."""
+        heads = self.shape[1]
+        shared = f", {heads} heads on {self.key_heads}" if heads != self.key_heads else f", {heads} heads"
+        return f"{self.name}{shared}{', bfloat16' if self.dtype == 'bfloat16' else ''}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -86,21 +104,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("There is no CUDA device here, so nothing was measured.")
     heads, width = options.heads, options.width
-    cases = [(pattern, length) for pattern, own in PATTERNS for length in (options.lengths or [own])]
+    plain = (1, 1, options.dtype)
+    cases = [(pattern, length, plain) for pattern, own in PATTERNS for length in (options.lengths or [own])]
+    if device.type == "cpu":
+        cases += [
+            (pattern, length, variant)
+            for pattern, own, variant in VARIANTS
+            for length in (options.lengths or [own])
+        ]
     rows: list[tuple[Row, Callable[..., Tensor]]] = []
-    for length in sorted({length for _, length in cases}):
+    for length in sorted({length for _, length, _ in cases}):
         pairs = heads * length * (length + 1) // 2
         dense = Row("dense, scaled_dot_product_attention", length, pairs, pairs / (heads * length**2))
+        dense.shape, dense.key_heads, dense.dtype = (1, heads, length, width), heads, options.dtype
         rows.append((dense, partial(scaled_dot_product_attention, is_causal=True)))
-    for pattern, length in cases:
-        read = cost(pattern, length=length, heads=heads, width=width)
+    for pattern, length, (more, key_more, kind) in cases:
+        read = cost(pattern, length=length, heads=heads * more, width=width)
         row = Row(str(pattern), length, read.pairs, read.share)
-        row.planned = _seconds(
-            lambda p=pattern, n=length: plan(
-                p, length=n, heads=heads, width=width, dtype=options.dtype, device=device.type
-            ),
-            device,
-        )
+        row.shape, row.key_heads, row.dtype = (1, heads * more, length, width), heads * key_more, kind
+        asked = {"length": length, "heads": heads * more, "width": width, "dtype": kind}
+        row.planned = _seconds(lambda p=pattern, a=asked: plan(p, **a, device=device.type), device)
+        row.kernel = plan(pattern, **asked, device=device.type).kernel
         rows.append((row, partial(attend, pattern=pattern)))
 
     product: list[float] = []
@@ -109,16 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     factors = torch.randn(2, size, size, device=device, dtype=factor_dtype)
     # The first round warms up and is not kept.
     for repeat in range(options.repeats + 1):
-        product.append(_seconds(lambda: factors[0] @ factors[1], device))
+        product.append(_seconds(lambda: factors[0] @ factors[1], device, options.clock))
         for row, operation in rows:
             if not row.refused:
-                _measure(row, operation, (1, heads, row.length, width), device, dtype)
+                _measure(row, operation, device, options.clock)
         print(f"round {repeat} of {options.repeats}", file=sys.stderr)
     for times in (product, *(side for row, _ in rows for side in (row.forward, row.backward))):
         del times[:1]
 
     yardstick = f"{str(factor_dtype).removeprefix('torch.')} matrix product of {size:,} x {size:,} x {size:,}"
-    rate = 2 * size**3 / statistics.median(product)
+    rate = 2 * size**3 / _typical(product, options)
     report = _report([row for row, _ in rows], yardstick, rate, options)
     print(_table(report))
     if options.json:
@@ -142,6 +166,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=5, metavar="N", help="rounds that are kept (default: 5)"
     )
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "processor"), help="what times are (default: wall)"
+    )
+    parser.add_argument(
+        "--best", action="store_true", help="report the shortest times instead of the medians"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     return parser.parse_args(arguments)
 
@@ -150,33 +180,36 @@ def _lengths(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _measure(
-    row: Row,
-    operation: Callable[..., Tensor],
-    shape: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
+def _measure(row: Row, operation: Callable[..., Tensor], device: torch.device, clock: str) -> None:
     """Add the times of one forward and one backward pass to a row, or why there are none."""
-    query, key, value = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    seed = torch.randn(shape, device=device, dtype=dtype)
+    kind = {"device": device, "dtype": getattr(torch, row.dtype)}
+    keyed = (row.shape[0], row.key_heads, *row.shape[2:])
+    query, key, value = (
+        torch.randn(shape, **kind, requires_grad=True) for shape in (row.shape, keyed, keyed)
+    )
+    seed = torch.randn(row.shape, **kind)
     output: list[Tensor] = []
     try:
-        row.forward.append(_seconds(lambda: output.append(operation(query, key, value)), device))
+        row.forward.append(_seconds(lambda: output.append(operation(query, key, value)), device, clock))
     except LongspanError as error:
         row.refused = str(error)
         return
-    row.backward.append(_seconds(lambda: output[0].backward(seed), device))
+    row.backward.append(_seconds(lambda: output[0].backward(seed), device, clock))
 
 
-def _seconds(action: Callable[[], object], device: torch.device) -> float:
+def _seconds(action: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+    now = time.process_time if clock == "processor" else time.perf_counter
     if device.type == "cuda":
         torch.cuda.synchronize()
-    begin = time.perf_counter()
+    begin = now()
     action()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    return now() - begin
+
+
+def _typical(times: Sequence[float], options: argparse.Namespace) -> float:
+    return min(times) if options.best else statistics.median(times)
 
 
 def _report(rows: Sequence[Row], yardstick: str, rate: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -184,13 +217,18 @@ def _report(rows: Sequence[Row], yardstick: str, rate: float, options: argparse.
     dense = {row.length: row for row in rows if row.name.startswith("dense")}
     measured = []
     for row in rows:
-        entry: dict[str, Any] = asdict(row)
+        entry: dict[str, Any] = asdict(row) | {"title": row.title}
         if not row.refused:
             for side, work in (("forward", _FORWARD), ("backward", _BACKWARD)):
                 times, beside = getattr(row, side), getattr(dense[row.length], side)
-                entry[f"{side}_flops_per_second"] = row.rate(times, work, options.width)
-                entry[f"{side}_of_product"] = row.rate(times, work, options.width) / rate
-                entry[f"{side}_gain"] = statistics.median(beside) / statistics.median(times)
+                entry[side] = _typical(times, options)
+                done = work * options.width * row.pairs / entry[side]
+                entry[f"{side}_times"] = times
+                entry[f"{side}_flops_per_second"] = done
+                entry[f"{side}_of_product"] = done / rate
+                # Of as many heads as dense attention has.
+                heads = row.shape[1] / options.heads
+                entry[f"{side}_gain"] = heads * _typical(beside, options) / entry[side]
         measured.append(entry)
     machine = _accelerator() if options.device.startswith("cuda") else _processor()
     return {
@@ -203,6 +241,7 @@ def _report(rows: Sequence[Row], yardstick: str, rate: float, options: argparse.
         "heads": options.heads,
         "width": options.width,
         "repeats": options.repeats,
+        "times": ("shortest" if options.best else "median") + f" by the {options.clock} clock",
         "product": yardstick,
         "product_flops_per_second": rate,
         "rows": measured,
@@ -229,6 +268,7 @@ def _lines(path: Path) -> list[str]:
 def _table(report: dict[str, Any]) -> str:
     header = (
         "",
+        "kernel",
         "length",
         "pairs",
         "plan ms",
@@ -243,13 +283,19 @@ def _table(report: dict[str, Any]) -> str:
     )
     lines = [header]
     for row in report["rows"]:
-        line = [row["name"], f"{row['length']:,}", f"{row['share']:.1%}", f"{1000 * row['planned']:.0f}"]
+        line = [
+            row["title"],
+            row["kernel"],
+            f"{row['length']:,}",
+            f"{row['share']:.1%}",
+            f"{1000 * row['planned']:.0f}",
+        ]
         if row["refused"]:
             lines.append((*line, *["refused", "", "", ""] * 2))
             continue
         for side in ("forward", "backward"):
             line += [
-                f"{1000 * statistics.median(row[side]):,.1f}",
+                f"{1000 * row[side]:,.1f}",
                 f"{row[f'{side}_flops_per_second'] / 1e12:,.3g}",
                 f"{row[f'{side}_of_product']:.2f}",
                 f"{row[f'{side}_gain']:.1f} x",
@@ -258,11 +304,11 @@ def _table(report: dict[str, Any]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     described = (
         f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
-        f"{report['heads']} heads of width {report['width']}, medians of {report['repeats']}"
+        f"width {report['width']}, {report['times']}, {report['repeats']} rounds"
     )
     product = f"{report['product']}: {report['product_flops_per_second'] / 1e12:,.3g} TFLOP/s"
     table = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]).rstrip()
         for line in lines
     ]
     refused = [f"{row['name']}: {row['refused']}" for row in report["rows"] if row["refused"]]

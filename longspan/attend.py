@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
-from longspan.kernel import compiled, opaque, sdpa
-from longspan.kernel.choice import chosen, facts, run
+from longspan.kernel import compiled, opaque
+from longspan.kernel.choice import at_once, chosen, facts, run
 from longspan.pattern import Pattern
 from longspan.score import Score, collect
 
@@ -34,8 +34,8 @@ def attend(
     What a query does not read cannot reach it, NaN and infinity included. A row of query, key or value with NaN,
     or of value with infinity, makes NaN of the outputs of the queries that read it (or are it) and of no others,
     and of the gradients of what those queries read and of no others. An infinity in a query or key that is read
-    does the same, except where all that comes of it are scores of minus infinity: there "sdpa" may take it for a
-    weight of 0 where "reference" says NaN.
+    does the same, except where all that comes of it are scores of minus infinity: there "sdpa" and "native" may take it
+    for a weight of 0 where "reference" says NaN.
 
     Args:
         query: `[batch, heads, queries, width]`, float.
@@ -47,8 +47,8 @@ def attend(
         scale: what scores are multiplied by; None for `1 / sqrt(width)`.
         scores: what changes them beside the pattern: `ALiBi()`, `Sinks(logits)`, `SoftCap(limit)` from
             `longspan.score`, one or a list of them in any order.
-        kernel: "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run, on cpu sdpa
-            or reference, on cuda flash, flex or reference.
+        kernel: "native", "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run, on
+            cpu native, sdpa or reference, on cuda flash, flex or reference.
 
     Returns:
         `[batch, heads, queries, value width]` in the dtype of `query`.
@@ -104,8 +104,8 @@ def attend_with_lse(
     start, step = (keys - rows, 1) if queries is None else (queries.start, queries.step)
     here = None
     if not (query.is_cuda and torch.compiler.is_compiling()):
-        here = "sdpa"
-        if kernel not in ("sdpa", None) or sdpa.refusal(query, changes):
+        here = at_once(query, changes, asked=kernel)
+        if here is None:
             where = range(start, start + step * rows, step)
             here = chosen(query, key, value, pattern, queries=where, changes=changes, asked=kernel)
     if scale <= 0:
@@ -124,16 +124,24 @@ def attend_with_lse(
                 changes=changes,
                 kernel=kernel,
             )
-        if here == "sdpa" and torch.compiler.is_compiling():
+        if here in opaque.KERNELS and torch.compiler.is_compiling():
             # A range would make the compiler take every length for a constant.
             return opaque.attend(
-                query, key, value, pattern, start=start, step=step, scale=scale, changes=changes
+                query,
+                key,
+                value,
+                pattern,
+                start=start,
+                step=step,
+                scale=scale,
+                changes=changes,
+                kernel=here,
             )
         positions = range(start, start + step * rows, step)
-        if here != "sdpa":
+        if here not in opaque.KERNELS:
             return run(here, query, key, value, pattern, queries=positions, scale=scale, changes=changes)
         work = opaque.work(pattern, query.shape[1], positions, keys, scale, changes.slopes)
-        return sdpa.attend(query, key, value, changes.sinks, work)
+        return opaque.KERNELS[here].attend(query, key, value, changes.sinks, work)
 
 
 def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:

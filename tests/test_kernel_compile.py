@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longspan import attend, attend_with_lse
 from longspan.hf.attention import set_pattern
-from longspan.kernel import opaque
+from longspan.kernel import native, opaque
 from longspan.pattern import Causal, LongMixed, Pattern, Window
 from longspan.score import ALiBi, Sinks, SoftCap
 
@@ -113,8 +113,10 @@ def test_the_operation_keeps_the_rules_of_custom_operations():
     """Shapes, strides and aliasing are as announced, for what autograd and the compiler do with them."""
     number = opaque.numbered(MIXED)
     logits = torch.zeros(HEADS, requires_grad=True)
-    for extra in ((None, None), (logits, [0.5, 0.25, 0.1, 0.0])):
-        given = (*sides(9), *extra, number, 0, 1, 0.3)
+    asked = [("sdpa", None, None), ("sdpa", logits, [0.5, 0.25, 0.1, 0.0])]
+    asked += [] if native.MISSING else [("native", None, None), ("native", logits, None)]
+    for kernel, *extra in asked:
+        given = (*sides(9), *extra, number, 0, 1, 0.3, kernel)
         checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
         torch.library.opcheck(opaque._attend, given, test_utils=checks)
 

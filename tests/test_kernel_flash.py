@@ -309,6 +309,7 @@ Plan
   flops      8,322,023,424 forward
   workspace  0 bytes forward, 17.0 MB backward at most
   kernel     flash
+  refused    native: runs on cpu, got cuda
   refused    sdpa: runs on cpu, got cuda
   heads 0 to 7
     1 x window 8,192 queries by 8,192 keys"""

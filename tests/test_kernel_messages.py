@@ -167,7 +167,7 @@ The heads cannot be divided equally among the parts of this pattern.
         """\
 There is no kernel called fast.
   asked  fast
-  try    one of sdpa, flash, flex, reference""",
+  try    one of native, sdpa, flash, flex, reference""",
     ),
     (
         "a kernel that cannot",
@@ -180,7 +180,8 @@ The kernel sdpa cannot run this pattern on these tensors.
   key      [1, 2, 9, 8] float32, cpu
   value    [1, 2, 9, 8] float32, cpu
   queries  range(0, 9)
-  refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
+  refused  native  cannot cap scores softly
+           sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
            flash  runs on cuda, got cpu
            flex  is taken on cpu only where it is asked for
   try      kernel=None, which takes the first that can""",
@@ -202,7 +203,8 @@ No kernel can run this pattern on these tensors.
   key      [1, 32, 32768, 8] float32, cpu
   value    [1, 32, 32768, 6] float32, cpu
   queries  range(0, 32768)
-  refused  sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
+  refused  native  cannot cap scores softly
+           sdpa  cannot cap scores softly: the flash attention that it calls has no tanh
            flash  runs on cuda, got cpu
            flex  is taken on cpu only where it is asked for
            reference  would need 137.4 GB for the scores, limit is 8 GB

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from longspan import plan
+from longspan.kernel import native
+from longspan.kernel import plan as plan_module
 from longspan.pattern import (
     S2,
     SCCA,
@@ -27,7 +30,7 @@ from longspan.pattern import (
 PRINTED = [
     (
         Causal(),
-        {"length": 1000, "heads": 2},
+        {"length": 1000, "heads": 2, "kernel": "sdpa"},
         """\
 Plan
   pattern    Causal()
@@ -46,7 +49,7 @@ Plan
     ),
     (
         SlidingWindow(512),
-        {"length": 8192, "heads": 8},
+        {"length": 8192, "heads": 8, "kernel": "sdpa"},
         """\
 Plan
   pattern    SlidingWindow(512)
@@ -66,7 +69,7 @@ Plan
     ),
     (
         LongNet((256, 1024), (1, 4)),
-        {"length": 4096, "heads": 4},
+        {"length": 4096, "heads": 4, "kernel": "sdpa"},
         """\
 Plan
   pattern    LongNet((256, 1024), (1, 4))
@@ -95,7 +98,7 @@ Plan
     ),
     (
         S2(1024),
-        {"length": 4096, "heads": 2},
+        {"length": 4096, "heads": 2, "kernel": "sdpa"},
         """\
 Plan
   pattern    S2(1024)
@@ -118,7 +121,7 @@ Plan
     ),
     (
         SCCA(512),
-        {"length": 4096, "heads": 2},
+        {"length": 4096, "heads": 2, "kernel": "sdpa"},
         """\
 Plan
   pattern    SCCA(512)
@@ -140,7 +143,7 @@ Plan
     ),
     (
         SCCA(512, flow=4),
-        {"length": 4096, "heads": 4},
+        {"length": 4096, "heads": 4, "kernel": "sdpa"},
         """\
 Plan
   pattern    SCCA(512, flow=4)
@@ -168,7 +171,7 @@ Plan
     ),
     (
         SDA(4),
-        {"length": 4096, "heads": 2},
+        {"length": 4096, "heads": 2, "kernel": "sdpa"},
         """\
 Plan
   pattern    SDA(4)
@@ -190,7 +193,7 @@ Plan
     ),
     (
         LongMixed(1024),
-        {"length": 1048576, "heads": 8},
+        {"length": 1048576, "heads": 8, "kernel": "sdpa"},
         """\
 Plan
   pattern    LongMixed(1024)
@@ -224,7 +227,7 @@ Plan
     ),
     (
         Streaming(508),
-        {"length": 1048576, "heads": 8},
+        {"length": 1048576, "heads": 8, "kernel": "sdpa"},
         """\
 Plan
   pattern    Streaming(508)
@@ -250,7 +253,7 @@ Plan
     ),
     (
         Longformer(256),
-        {"length": 4096, "heads": 1},
+        {"length": 4096, "heads": 1, "kernel": "sdpa"},
         """\
 Plan
   pattern    Longformer(256)
@@ -271,7 +274,7 @@ Plan
     ),
     (
         Causal() & (Window(100) + Dilated(5)),
-        {"length": 1000, "heads": 1},
+        {"length": 1000, "heads": 1, "kernel": "sdpa"},
         """\
 Plan
   pattern    Causal() & Window(100) + Dilated(5)
@@ -293,7 +296,7 @@ Plan
     ),
     (
         Streaming(508),
-        {"length": 5000, "queries": range(4999, 5000), "heads": 4},
+        {"length": 5000, "queries": range(4999, 5000), "heads": 4, "kernel": "sdpa"},
         """\
 Plan
   pattern    Streaming(508)
@@ -307,6 +310,7 @@ Plan
   flops      524,288 forward
   workspace  9.4 kB forward, 4.3 MB backward at most
   kernel     sdpa
+  refused    native: is taken from 16 queries on, got 1
   heads 0 to 3
     1 x masked 1 query by 520 keys, 98% of it read
     1 x plain  1 query by 4 keys""",
@@ -327,6 +331,7 @@ Plan
   flops      244,480 forward
   workspace  17.4 kB forward, 227.4 kB backward at most
   kernel     sdpa
+  refused    native: is taken from 16 queries on, got 10
   head 0
     1 x masked 10 queries by 100 keys, 96% of it read
   head 1
@@ -334,7 +339,7 @@ Plan
     ),
     (
         Causal(),
-        {"length": 1},
+        {"length": 1, "kernel": "sdpa"},
         """\
 Plan
   pattern    Causal()
@@ -348,12 +353,13 @@ Plan
   flops      256 forward
   workspace  528 bytes forward, 3.1 kB backward at most
   kernel     sdpa
+  refused    native: is taken from 16 queries on, got 1
   head 0
     1 x plain  1 query by 1 key""",
     ),
     (
         Nothing(),
-        {"length": 64, "heads": 2},
+        {"length": 64, "heads": 2, "kernel": "sdpa"},
         """\
 Plan
   pattern    Nothing()
@@ -371,6 +377,15 @@ Plan
     read nothing""",
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Plan as where the native kernel was built; nothing is run."""
+    monkeypatch.setattr(native, "MISSING", "")
+    plan_module._plan.cache_clear()
+    yield
+    plan_module._plan.cache_clear()
 
 
 @pytest.mark.parametrize(

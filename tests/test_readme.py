@@ -13,6 +13,7 @@ import pytest
 import typer
 
 from longspan.cli import app
+from longspan.kernel import native
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -37,7 +38,15 @@ def test_programs_print_what_follows(
         exec(compile(code, "README.md", "exec"), {})
     language, expected = follows
     if language == "text":
-        assert printed.getvalue() == expected
+        assert _everywhere(printed.getvalue()) == _everywhere(expected)
+
+
+def _everywhere(text: str) -> str:
+    """Leave out of a plan what the native kernel says where it was not built."""
+    if not native.MISSING:
+        return text
+    differs = ("computed", "workspace", "kernel", "refused")
+    return "".join(line for line in text.splitlines(keepends=True) if not line.strip().startswith(differs))
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if line.startswith("longspan ")])

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longspan.kernel import flash, flex, reference, sdpa
+from longspan.kernel import flash, flex, native, reference, sdpa
 from longspan.kernel.bands import band_groups
 from longspan.kernel.plan import choose, flash_refusal, head_groups, scores_refusal
 from longspan.pattern import Pattern
 from longspan.score import Scores
+
+
+def at_once(query: Tensor, changes: Scores, *, asked: str | None) -> str | None:
+    """Return the kernel on CPU that runs, or None where others are to be looked at first."""
+    if asked in ("native", None) and not native.refusal(query, changes, asked=asked == "native"):
+        return "native"
+    if asked in ("sdpa", None) and not sdpa.refusal(query, changes):
+        return "sdpa"
+    return None
 
 
 def chosen(
@@ -30,6 +39,7 @@ def chosen(
     if query.device.type == "cpu":
         why_not_flex = why_not_flex or too_large
     refusals = {
+        "native": native.refusal(query, changes, asked=asked == "native"),
         "sdpa": sdpa.refusal(query, changes),
         "flash": why_not_flash,
         "flex": why_not_flex,

@@ -1,4 +1,4 @@
-"""Opaque: the sdpa kernel as one operation that torch.compile does not look into.
+"""Opaque: the kernels on CPU as one operation that torch.compile does not look into.
 
 A compiled graph holds tensors and numbers but no patterns, so the graph holds the number of a pattern in a table.
 Patterns enter it while a graph is traced, and stay as long as a graph may ask for them.
@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PlanError, message
-from longspan.kernel import sdpa
+from longspan.kernel import native, sdpa
+from longspan.kernel.frame import Work
 from longspan.kernel.plan import head_groups
 from longspan.kernel.sides import one_sided_groups
 from longspan.pattern import Pattern
 from longspan.score import Scores
 
+KERNELS = {"native": native, "sdpa": sdpa}
 _numbers: dict[Pattern, int] = {}
 _patterns: list[Pattern] = []
 
 
 def work(
     pattern: Pattern, heads: int, queries: range, keys: int, scale: float, slopes: tuple[float, ...] | None
-) -> sdpa.Work:
+) -> Work:
     """Return what the kernel is asked, from the plans that are kept."""
     grouped = head_groups if slopes is None else one_sided_groups
-    return sdpa.Work(grouped(pattern, heads, queries, range(keys)), queries, scale, slopes)
+    return Work(grouped(pattern, heads, queries, range(keys)), queries, scale, slopes)
 
 
 def attend(
@@ -40,10 +42,11 @@ def attend(
     step: int,
     scale: float,
     changes: Scores,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp as `sdpa.attend` does, for queries at `start`, `start + step`, ..."""
+    """Return output and log-sum-exp as the kernel does, for queries at `start`, `start + step`, ..."""
     slopes = None if changes.slopes is None else list(changes.slopes)
-    return _attend(query, key, value, changes.sinks, slopes, numbered(pattern), start, step, scale)
+    return _attend(query, key, value, changes.sinks, slopes, numbered(pattern), start, step, scale, kernel)
 
 
 @torch.compiler.assume_constant_result
@@ -68,7 +71,7 @@ def numbered(pattern: Pattern) -> int:
 
 def _work(
     query: Tensor, key: Tensor, slopes: list[float] | None, number: int, start: int, step: int, scale: float
-) -> sdpa.Work:
+) -> Work:
     queries = range(start, start + step * query.shape[2], step)
     steep = None if slopes is None else tuple(slopes)
     return work(_patterns[number], query.shape[1], queries, key.shape[2], scale, steep)
@@ -90,8 +93,10 @@ def _attend(
     start: int,
     step: int,
     scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    return sdpa.forward(query, key, value, sinks, _work(query, key, slopes, number, start, step, scale))
+    asked = _work(query, key, slopes, number, start, step, scale)
+    return KERNELS[kernel].forward(query, key, value, sinks, asked)
 
 
 @_attend.register_fake
@@ -116,9 +121,10 @@ def _attend_backward(
     start: int,
     step: int,
     scale: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     asked = _work(query, key, slopes, number, start, step, scale)
-    grads = sdpa.backward(grad_output, grad_lse, query, key, value, sinks, output, lse, asked)
+    grads = KERNELS[kernel].backward(grad_output, grad_lse, query, key, value, sinks, output, lse, asked)
     # An operation gives tensors of its own, and none of them is left out.
     sinks_grad = lse.new_zeros(0) if grads[3] is None else grads[3]
     return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), sinks_grad

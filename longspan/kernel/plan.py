@@ -10,9 +10,10 @@ import torch
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, message
-from longspan.kernel import family, flash, flex, sdpa
+from longspan.kernel import family, flash, flex, native, sdpa
 from longspan.kernel.bands import BandGroup, band_groups
 from longspan.kernel.bias import KEPT
+from longspan.kernel.calls import HeadGroup
 from longspan.kernel.numbers import listed, named
 from longspan.kernel.parts import Part, parts
 from longspan.kernel.rates import dearer
@@ -22,7 +23,7 @@ from longspan.size import size
 
 # The most memory that dense scores may take.
 REFERENCE_BYTES = 8 * 10**9
-KERNELS = ("sdpa", "flash", "flex", "reference")
+KERNELS = ("native", "sdpa", "flash", "flex", "reference")
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -36,7 +37,7 @@ class Plan:
         queries, keys: absolute positions.
         width: numbers in a head's query.
         dtype: of the tensors.
-        kernel: the kernel that runs, "sdpa", "flash", "flex" or "reference".
+        kernel: the kernel that runs, "native", "sdpa", "flash", "flex" or "reference".
         groups: heads that read alike, and their parts.
         refused: kernels that do not run, each with its reason.
         calls: what "flex" or "flash" does instead of the parts; none for other kernels.
@@ -49,7 +50,7 @@ class Plan:
     width: int
     dtype: str
     kernel: str
-    groups: tuple[sdpa.HeadGroup, ...]
+    groups: tuple[HeadGroup, ...]
     refused: tuple[tuple[str, str], ...]
     calls: tuple[family.Group | BandGroup, ...] = ()
 
@@ -65,7 +66,8 @@ class Plan:
             return (self.blocks.full + self.blocks.partial) * family.BLOCK**2
         if self.kernel == "flash":
             return sum(band.area * len(group.heads) for group in self.calls for band in group.bands)
-        return sum(part.area * len(group.heads) for group in self.groups for part in group.parts)
+        area = native.area if self.kernel == "native" else lambda part: part.area
+        return sum(area(part) * len(group.heads) for group in self.groups for part in group.parts)
 
     @property
     def flops(self) -> int:
@@ -107,6 +109,8 @@ class Plan:
             # Counts, scores, weights and their gradients are dense.
             scores = self.heads * len(self.queries) * len(self.keys) * size
             return 4 * scores, 8 * scores
+        if self.kernel == "native":
+            return native.workspace(self.heads, len(self.queries), len(self.keys), self.width)
         each = [
             workspace(
                 group.parts,
@@ -218,7 +222,7 @@ def plan(
         heads: number of query heads.
         width: numbers in a head's query.
         dtype: "float64", "float32", "bfloat16" or "float16".
-        kernel: "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run.
+        kernel: "native", "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run.
         device: "cpu" or "cuda"; the device need not be there.
 
     Returns:
@@ -231,7 +235,7 @@ def plan(
 
     Example:
         >>> from longspan import SlidingWindow
-        >>> print(plan(SlidingWindow(512), length=8192, heads=8))
+        >>> print(plan(SlidingWindow(512), length=8192, heads=8, kernel="sdpa"))
         Plan
           pattern    SlidingWindow(512)
           heads      8, width 64, float32
@@ -269,7 +273,10 @@ def _plan(
     kernel: str | None,
     device: str,
 ) -> Plan:
-    refusals = {"reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype]))}
+    refusals = {
+        "native": native.plan_refusal(dtype, device, len(queries), asked=kernel == "native"),
+        "reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype])),
+    }
     if device == "cuda":
         refusals["sdpa"] = sdpa.device_refusal(device)
         refusals["flex"] = flex.dtype_refusal(dtype)
@@ -340,7 +347,7 @@ def scores_refusal(needed: int) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[sdpa.HeadGroup, ...]:
+def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[HeadGroup, ...]:
     """Return the heads that read alike, cut into regular ranges, with the parts they read by."""
     alike: dict[Pattern, list[int]] = {}
     for head in range(heads):
@@ -348,7 +355,7 @@ def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tu
     groups = []
     for single, members in alike.items():
         done = parts(single, queries, keys)
-        groups.extend(sdpa.HeadGroup(regular, done) for regular in _regular(members))
+        groups.extend(HeadGroup(regular, done) for regular in _regular(members))
     return tuple(groups)
 
 

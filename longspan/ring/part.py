@@ -15,7 +15,9 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from longspan.kernel import reference, sdpa
+from longspan.kernel import native, reference, sdpa
+from longspan.kernel.calls import HeadGroup
+from longspan.kernel.frame import Work
 from longspan.kernel.merge import merge, merge_into
 from longspan.kernel.parts import Lattice
 from longspan.kernel.plan import choose, head_groups, scores_refusal
@@ -24,6 +26,7 @@ from longspan.pattern import Pattern
 from longspan.score import Scores
 
 Pieces = tuple[range, ...]
+_KERNELS = {"native": native, "sdpa": sdpa}
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple
     if _kernel(query, key, reading) == "reference":
         return _defined(query, key, value, reading)
     if reading.changes.slopes is None:
-        return sdpa.forward(query, key, value, None, _work(query, reading))
+        kernel = _KERNELS[_kernel(query, key, reading)]
+        return kernel.forward(query, key, value, None, _work(query, reading))
     exact = torch.promote_types(query.dtype, torch.float32)
     output = query.new_zeros((*query.shape[:3], value.shape[3]), dtype=exact)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=exact)
@@ -77,7 +81,8 @@ def gradients(
     none = torch.zeros_like(lse)
     if reading.changes.slopes is None:
         work = _work(query, reading)
-        return sdpa.backward(grad_output, none, query, key, value, None, output, lse, work)[:3]
+        kernel = _KERNELS[_kernel(query, key, reading)]
+        return kernel.backward(grad_output, none, query, key, value, None, output, lse, work)[:3]
     grads = tuple(torch.zeros(side.shape, dtype=lse.dtype) for side in (query, key, value))
     for rows, columns, work in _works(query, reading):
         made = sdpa.backward(
@@ -94,11 +99,10 @@ def gradients(
 
 def _kernel(query: Tensor, key: Tensor, reading: Reading) -> str:
     refusals = {
+        "native": native.refusal(query, reading.changes, asked=False),
         "sdpa": sdpa.refusal(query, reading.changes),
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
-    if refusals["sdpa"] is None:
-        return "sdpa"
     facts = {"pattern": str(reading.pattern), "query": f"{list(query.shape)} {query.dtype}"}
     # FlexAttention takes whole texts only.
     return choose(refusals | {"flex": "does not take a part of a text"}, None, facts)[0]
@@ -162,18 +166,18 @@ def _defined_gradients(
     )
 
 
-def _work(query: Tensor, reading: Reading) -> sdpa.Work:
+def _work(query: Tensor, reading: Reading) -> Work:
     groups = _groups(reading.pattern, query.shape[1], reading.queries, reading.keys)
-    return sdpa.Work(groups, range(query.shape[2]), reading.scale)
+    return Work(groups, range(query.shape[2]), reading.scale)
 
 
-def _works(query: Tensor, reading: Reading) -> Iterator[tuple[slice, slice, sdpa.Work]]:
+def _works(query: Tensor, reading: Reading) -> Iterator[tuple[slice, slice, Work]]:
     """Yield the rows, the columns and the work of each pair of pieces that has any."""
     slopes = reading.changes.slopes
     for (queried, rows), (read, columns) in product(_slices(reading.queries), _slices(reading.keys)):
         groups = one_sided_groups(reading.pattern, query.shape[1], queried, read)
         if any(group.parts for group in groups):
-            yield rows, columns, sdpa.Work(groups, queried, reading.scale, slopes, (read.start, read.step))
+            yield rows, columns, Work(groups, queried, reading.scale, slopes, (read.start, read.step))
 
 
 def _slices(pieces: Pieces) -> Iterator[tuple[range, slice]]:
@@ -185,7 +189,7 @@ def _slices(pieces: Pieces) -> Iterator[tuple[range, slice]]:
 
 
 @lru_cache(maxsize=1024)
-def _groups(pattern: Pattern, heads: int, queries: Pieces, keys: Pieces) -> tuple[sdpa.HeadGroup, ...]:
+def _groups(pattern: Pattern, heads: int, queries: Pieces, keys: Pieces) -> tuple[HeadGroup, ...]:
     """Return the groups of heads of every pair of pieces, moved to where the pieces lie in the tensors."""
     moved = []
     for queried, rows in _slices(queries):
@@ -201,7 +205,7 @@ def _groups(pattern: Pattern, heads: int, queries: Pieces, keys: Pieces) -> tupl
                     for part in group.parts
                 )
                 if parts:
-                    moved.append(sdpa.HeadGroup(group.heads, parts))
+                    moved.append(HeadGroup(group.heads, parts))
     return tuple(moved)
 
 

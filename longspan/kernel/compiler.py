@@ -1,0 +1,76 @@
+"""The compiler: the native kernel's libraries, built from its source by whatever C++ compiler there is.
+
+    python -m longspan.kernel.compiler
+
+Run when Longspan is installed, and by that line at any time after. One library for each set of instructions; which of
+them a processor has is found out when the kernel is used. Nothing of Longspan is imported here, since it is not
+installed yet.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("native.cpp")
+# Instruction sets, the best first, and what turns them on.
+SETS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
+    "avx2": ("-mavx2", "-mfma"),
+    "plain": (),
+}
+OPTIONS = (
+    *("-O3", "-std=c++17", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+)
+ON_X86 = ("x86_64", "AMD64")
+
+
+def library(name: str) -> Path:
+    """Return where the library for an instruction set lies."""
+    return SOURCE.with_name(f"native_{name}.so")
+
+
+def build() -> tuple[list[Path], str]:
+    """Build what can be built beside the source and is not; return the libraries, and what went wrong or nothing."""
+    compiler = next(
+        (
+            found
+            for name in (os.environ.get("CXX"), "g++", "c++", "clang++")
+            if name and (found := shutil.which(name))
+        ),
+        None,
+    )
+    if compiler is None:
+        return [], "no C++ compiler was found: tried CXX, g++, c++ and clang++"
+    made, problem = [], ""
+    newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__)))
+    for name, flags in SETS.items():
+        if flags and platform.machine() not in ON_X86:
+            continue
+        if library(name).exists() and library(name).stat().st_mtime > newest:
+            made.append(library(name))
+            continue
+        fresh = library(name).with_suffix(f".{os.getpid()}")
+        ran = subprocess.run(
+            [compiler, *OPTIONS, *flags, str(SOURCE), "-o", str(fresh)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode == 0:
+            # Whole or not at all: another process may be loading the one before.
+            fresh.replace(library(name))
+            made.append(library(name))
+        else:
+            problem = f"{compiler} for {name}: {ran.stderr.strip()[-2000:]}"
+    return made, problem
+
+
+if __name__ == "__main__":
+    libraries, trouble = build()
+    print("\n".join([*map(str, libraries), *([trouble] if trouble else [])]))
+    raise SystemExit(not libraries)

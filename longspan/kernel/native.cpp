@@ -1,0 +1,714 @@
+// Attention over lattices of rectangles of pairs, on the instruction set that the compiler is told to use.
+//
+// A block is up to 64 queries at regular distances. It goes through all of its keys once, with the softmax kept
+// online. Queries lie in the lanes of vectors and keys (or numbers of a value) are broadcast, so that maxima and
+// sums run down columns, nothing is ever moved between lanes, and keys and values are read where they lie.
+// All products, forward and backward, are one small function, `product`. Masks are words of 64 bits, one bit a
+// query; what 16 queries do not read of a few keys is not computed.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <thread>
+#include <unordered_map>
+#include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TALL = 6, ABREAST = 4;
+#elif defined(__AVX2__)
+constexpr int LANES = 8, TALL = 6, ABREAST = 1;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, TALL = 6, ABREAST = 1;
+#else
+constexpr int LANES = 4, TALL = 2, ABREAST = 1;
+#endif
+// Queries in a block, queries in a strip (what is skipped or computed as one), and vectors in a strip.
+constexpr int ROWS = 64, STRIP = 16, STRIPS = ROWS / STRIP, VECTORS = STRIP / LANES;
+// Keys between two looks at the maximum.
+#ifndef DEEP
+#define DEEP 96
+#endif
+constexpr int CHUNK = DEEP;
+// Scores of pairs that are not read, and what maxima below which nothing was read.
+constexpr float UNREAD = -1e38f, SILENT = -1e37f;
+constexpr double LOG2E = 1.4426950408889634;
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef float Four __attribute__((vector_size(16)));
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE Vector load(const float* from) {
+    Vector made;
+    std::memcpy(&made, from, sizeof made);
+    return made;
+}
+
+INLINE void store(float* to, Vector what) { std::memcpy(to, &what, sizeof what); }
+
+// Less 0 leaves every number as it is, and the compiler knows it.
+INLINE Vector all(float number) { return number - Vector{}; }
+
+INLINE Vector larger(Vector one, Vector other) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_max_ps((__m512)one, (__m512)other);
+#elif defined(__AVX2__)
+    return (Vector)_mm256_max_ps((__m256)one, (__m256)other);
+#else
+    return one > other ? one : other;
+#endif
+}
+
+// 2 to the power of numbers that are not above 127, to about one unit in the last place; 0 far below.
+INLINE Vector power(Vector x) {
+#if defined(__AVX512F__)
+    const Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, 8);
+#elif defined(__AVX2__)
+    x = larger(x, all(-127.0f));
+    const Vector whole = (Vector)_mm256_round_ps((__m256)x, 8);
+#else
+    x = larger(x, all(-127.0f));
+    const Vector whole = (x + 12582912.0f) - 12582912.0f;
+#endif
+    const Vector part = x - whole;
+    Vector sum = all(0.0013264727f);
+    sum = sum * part + 0.0096715130f;
+    sum = sum * part + 0.05550734f;
+    sum = sum * part + 0.24022242f;
+    sum = sum * part + 0.69314700f;
+    sum = sum * part + 1.0f;
+#if defined(__AVX512F__)
+    return (Vector)_mm512_scalef_ps((__m512)sum, (__m512)whole);
+#else
+    const Integers shifted = (__builtin_convertvector(whole, Integers) + 127) << 23;
+    return sum * (Vector)shifted;
+#endif
+}
+
+// The numbers whose bits are set, and `otherwise` for the others; bits of one vector.
+INLINE Vector choose(uint32_t bits, Vector what, float otherwise) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_mask_mov_ps(_mm512_set1_ps(otherwise), (__mmask16)bits, (__m512)what);
+#else
+    Integers place;
+    for (int lane = 0; lane < LANES; lane++) place[lane] = 1 << lane;
+    const Integers set = (place & (int32_t)bits) != 0;
+    return set ? what : all(otherwise);
+#endif
+}
+
+// Add to `sums` the product of a matrix of R rows, read number by number at a row and a column distance, and one of
+// S strips of columns, read in vectors at a row distance.
+template <int R, int S>
+INLINE void product(Vector (&sums)[R][S * VECTORS], const float* left, int64_t down, int64_t along,
+                    const float* right, int64_t next, int64_t deep) {
+    for (int64_t step = 0; step < deep; step++, left += along, right += next) {
+        Vector row[S * VECTORS];
+        for (int c = 0; c < S * VECTORS; c++) row[c] = load(right + c * LANES);
+        for (int r = 0; r < R; r++) {
+            const Vector one = all(left[r * down]);
+            for (int c = 0; c < S * VECTORS; c++) sums[r][c] += one * row[c];
+        }
+    }
+}
+
+// A function for each height and number of strips of a product, found at run time.
+template <template <int, int> class Kernel, class... Given>
+INLINE void tile(int height, int strips, Given... given) {
+#define WIDE(R)                                                        \
+    case R:                                                            \
+        if (strips == 1) return Kernel<R, 1>::run(given...);           \
+        if constexpr (ABREAST >= 4) {                                  \
+            if (strips == 2) return Kernel<R, 2>::run(given...);       \
+            if (strips == 3) return Kernel<R, 3>::run(given...);       \
+            return Kernel<R, 4>::run(given...);                        \
+        }                                                              \
+        break;
+    switch (height) {
+        WIDE(1)
+        WIDE(2)
+        default:
+            if constexpr (TALL >= 6) switch (height) {
+                    WIDE(3)
+                    WIDE(4)
+                    WIDE(5)
+                    WIDE(6)
+                }
+    }
+#undef WIDE
+}
+
+// Scores of R keys and S strips of queries: products of keys and queries, unread ones struck out, and their maxima.
+template <int R, int S>
+struct Score {
+    static __attribute__((noinline)) void run(const float* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
+                    float* scores, float* most) {
+        Vector sums[R][S * VECTORS] = {};
+        product<R, S>(sums, key, down, 1, queries, ROWS, width);
+        if (bits)
+            for (int r = 0; r < R; r++)
+                for (int c = 0; c < S * VECTORS; c++)
+                    sums[r][c] = choose((uint32_t)(bits[r] >> (c * LANES)), sums[r][c], UNREAD);
+        for (int c = 0; c < S * VECTORS; c++) {
+            Vector high = load(most + c * LANES);
+            for (int r = 0; r < R; r++) {
+                high = larger(high, sums[r][c]);
+                store(scores + r * ROWS + c * LANES, sums[r][c]);
+            }
+            store(most + c * LANES, high);
+        }
+    }
+};
+
+// R numbers of the output of S strips of queries: what there is, rescaled, plus weights times values.
+template <int R, int S>
+struct Weigh {
+    static __attribute__((noinline)) void run(const float* value, int64_t next, const float* weights, int64_t deep, const float* rescale,
+                    float* output) {
+        // Added up by themselves first: small sums are rounded by little.
+        Vector sums[R][S * VECTORS] = {};
+        product<R, S>(sums, value, 1, next, weights, ROWS, deep);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < S * VECTORS; c++) {
+                Vector before = load(output + r * ROWS + c * LANES);
+                if (rescale) before *= load(rescale + c * LANES);
+                store(output + r * ROWS + c * LANES, before + sums[r][c]);
+            }
+    }
+};
+
+// What R keys get back from strips of queries: S strips of numbers of a gradient.
+template <int R, int S>
+struct Collect {
+    static __attribute__((noinline)) void run(const float* weights, const float* rows, int64_t width, int64_t deep, float* into, int64_t next) {
+        Vector sums[R][S * VECTORS] = {};
+        product<R, S>(sums, weights, ROWS, 1, rows, width, deep);
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < S * VECTORS; c++)
+                store(into + r * next + c * LANES, load(into + r * next + c * LANES) + sums[r][c]);
+    }
+};
+
+// Weights of R keys and S strips of queries from the log-sum-exps of the queries.
+template <int R, int S>
+struct Again {
+    static __attribute__((noinline)) void run(const float* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
+                    const float* lse, const float* rest, float* weights) {
+        Vector sums[R][S * VECTORS] = {};
+        product<R, S>(sums, key, down, 1, queries, ROWS, width);
+        for (int c = 0; c < S * VECTORS; c++) {
+            const Vector total = load(lse + c * LANES), little = load(rest + c * LANES);
+            for (int r = 0; r < R; r++) {
+                Vector score = (sums[r][c] - total) - little;
+                if (bits) score = choose((uint32_t)(bits[r] >> (c * LANES)), score, UNREAD);
+                store(weights + r * ROWS + c * LANES, power(score));
+            }
+        }
+    }
+};
+
+// Gradients of the scores of R keys and S strips of queries.
+template <int R, int S>
+struct Slope {
+    static __attribute__((noinline)) void run(const float* value, int64_t down, const float* grads, int64_t width, const float* weights,
+                    const float* delta, float* slopes) {
+        Vector sums[R][S * VECTORS] = {};
+        product<R, S>(sums, value, down, 1, grads, ROWS, width);
+        for (int c = 0; c < S * VECTORS; c++) {
+            const Vector less = load(delta + c * LANES);
+            for (int r = 0; r < R; r++)
+                store(slopes + r * ROWS + c * LANES,
+                      (sums[r][c] - less) * load(weights + r * ROWS + c * LANES));
+        }
+    }
+};
+
+struct Side {
+    const void* data;
+    int64_t batch, head, row;
+};
+
+struct Lattice {
+    int64_t start, step, places, outer, inner;
+};
+
+struct Part {
+    Lattice query, key;
+    int64_t outer, inner, causal;
+    const uint64_t* bits;
+};
+
+// What is asked, as `native.py` lays it out. Strides are counted in numbers.
+struct Work {
+    Side query, key, value, grad_output, result;
+    float *output, *lse, *grad_lse;
+    float *grad_query, *grad_key, *grad_value;
+    const int64_t* heads;
+    const Part* parts;
+    int64_t batch, heads_read, heads_all, share, queries, keys, width, value_width, parts_number, brief, threads;
+    int64_t splits;
+    float scale;
+};
+
+// Keys that a block reads: places from `key` on, and where its masks are.
+struct Run {
+    int64_t key, step, columns, words, first;
+    bool causal;
+    const uint64_t* bits;
+
+    INLINE bool plain(int64_t until) const { return !bits && (!causal || until <= first + 1); }
+
+    // Which rows of the block read a key.
+    INLINE uint64_t readers(int64_t place) const {
+        if (bits) return bits[place * words];
+        const int64_t beyond = place - first;
+        return !causal || beyond <= 0 ? ~0ull : beyond >= ROWS ? 0 : ~0ull << beyond;
+    }
+};
+
+struct Block {
+    int64_t start, step, rows;
+    int level;
+    std::vector<Run> runs;
+
+    uint64_t present() const { return rows == ROWS ? ~0ull : (1ull << rows) - 1; }
+};
+
+// Blocks such that those of one level have no query in common, level by level.
+std::vector<std::vector<Block>> schedule(const Work& work) {
+    std::vector<Block> made;
+    std::unordered_map<int64_t, std::vector<size_t>> known;
+    for (int64_t number = 0; number < work.parts_number; number++) {
+        const Part& part = work.parts[number];
+        const int64_t words = (part.query.places + ROWS - 1) / ROWS;
+        for (int64_t i = 0; i < part.outer; i++)
+            for (int64_t j = 0; j < part.inner; j++)
+                for (int64_t word = 0; word < words; word++) {
+                    const int64_t first = word * ROWS, rows = std::min<int64_t>(ROWS, part.query.places - first);
+                    const int64_t start =
+                        part.query.start + i * part.query.outer + j * part.query.inner + first * part.query.step;
+                    const int64_t key = part.key.start + i * part.key.outer + j * part.key.inner;
+                    const int64_t columns = part.causal ? std::min(part.key.places, first + rows) : part.key.places;
+                    Block* block = nullptr;
+                    for (size_t at : known[start])
+                        if (made[at].step == part.query.step && made[at].rows == rows) block = &made[at];
+                    if (!block) {
+                        known[start].push_back(made.size());
+                        made.push_back({start, part.query.step, rows, 0, {}});
+                        block = &made.back();
+                    }
+                    block->runs.push_back({key, part.key.step, columns, words, first, part.causal != 0,
+                                           part.bits ? part.bits + word : nullptr});
+                }
+    }
+    std::vector<int> touched(work.queries, 0);
+    std::vector<std::vector<Block>> levels;
+    for (Block& block : made) {
+        for (int64_t r = 0; r < block.rows; r++)
+            block.level = std::max(block.level, touched[block.start + r * block.step]);
+        for (int64_t r = 0; r < block.rows; r++) touched[block.start + r * block.step] = block.level + 1;
+        if (block.level >= (int)levels.size()) levels.resize(block.level + 1);
+        levels[block.level].push_back(std::move(block));
+    }
+    return levels;
+}
+
+struct Room {
+    std::vector<float> held;
+
+    float* take(int64_t numbers) {
+        held.resize(numbers + 16);
+        return (float*)(((uintptr_t)held.data() + 63) & ~(uintptr_t)63);
+    }
+};
+
+INLINE void transpose(const float* from, int64_t down, float* to, int64_t across) {
+    Four a, b, c, d;
+    std::memcpy(&a, from, 16);
+    std::memcpy(&b, from + down, 16);
+    std::memcpy(&c, from + 2 * down, 16);
+    std::memcpy(&d, from + 3 * down, 16);
+    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+    const Four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    c = __builtin_shufflevector(AB, CD, 0, 1, 4, 5), d = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
+    std::memcpy(to, &a, 16);
+    std::memcpy(to + across, &b, 16);
+    std::memcpy(to + 2 * across, &c, 16);
+    std::memcpy(to + 3 * across, &d, 16);
+}
+
+INLINE float number(float given) { return given; }
+
+INLINE float number(uint16_t given) {
+    const uint32_t wide = (uint32_t)given << 16;
+    float made;
+    std::memcpy(&made, &wide, 4);
+    return made;
+}
+
+template <class T>
+const T* row(const Side& side, int64_t batch, int64_t head, int64_t place) {
+    return (const T*)side.data + batch * side.batch + head * side.head + place * side.row;
+}
+
+// Copy rows, wide enough for whole strips, and fill up with 0.
+template <class T>
+void gather(const T* from, int64_t next, int64_t rows, int64_t width, float factor, float* to, int64_t wide,
+            int64_t tall) {
+    for (int64_t r = 0; r < rows; r++, from += next) {
+        for (int64_t i = 0; i < width; i++) to[r * wide + i] = number(from[i]) * factor;
+        for (int64_t i = width; i < wide; i++) to[r * wide + i] = 0;
+    }
+    for (int64_t i = rows * wide; i < tall * wide; i++) to[i] = 0;
+}
+
+template <class T>
+float dot(const float* one, const T* other, int64_t width) {
+    float sums[STRIP] = {}, sum = 0;
+    for (int64_t i = 0; i < width; i++) sums[i % STRIP] += one[i] * number(other[i]);
+    for (float part : sums) sum += part;
+    return sum;
+}
+
+// Turn ROWS rows into columns.
+void turn(const float* from, int64_t wide, float* to) {
+    for (int64_t r = 0; r < ROWS; r += 4)
+        for (int64_t i = 0; i < wide; i += 4) transpose(from + r * wide + i, wide, to + i * ROWS + r, ROWS);
+}
+
+void turn_back(const float* from, int64_t wide, float* to) {
+    for (int64_t i = 0; i < wide; i += 4)
+        for (int64_t r = 0; r < ROWS; r += 4) transpose(from + i * ROWS + r, ROWS, to + r * wide + i, wide);
+}
+
+int64_t whole(int64_t width) { return (width + STRIP - 1) / STRIP * STRIP; }
+
+// Some keys or values of a run as float32, where they lie if that is what they are.
+const float* keys_of(const Side& side, const float*, int64_t batch, int64_t head, const Run& run, int64_t place,
+                     int64_t, int64_t, float*, int64_t& next) {
+    next = side.row * run.step;
+    return row<float>(side, batch, head, run.key + place * run.step);
+}
+
+const float* keys_of(const Side& side, const uint16_t*, int64_t batch, int64_t head, const Run& run, int64_t place,
+                     int64_t number, int64_t width, float* room, int64_t& next) {
+    next = whole(width);
+    gather(row<uint16_t>(side, batch, head, run.key + place * run.step), side.row * run.step, number, width, 1.0f,
+           room, next, number);
+    return room;
+}
+
+// What of a chunk of keys each strip of queries reads: places from `low` up to `high`.
+struct Live {
+    int64_t low[STRIPS], high[STRIPS];
+
+    Live() {
+        for (int s = 0; s < STRIPS; s++) low[s] = high[s] = 0;
+    }
+
+    // Take in a tile; between tiles that a strip reads, its row is filled with `otherwise`.
+    INLINE void add(int from, int to, int64_t place, int64_t height, float* filled, float otherwise) {
+        for (int s = from; s < to; s++) {
+            if (high[s] == low[s]) low[s] = high[s] = place;
+            for (; high[s] < place; high[s]++)
+                for (int c = 0; c < VECTORS; c++)
+                    store(filled + high[s] * ROWS + s * STRIP + c * LANES, all(otherwise));
+            high[s] = place + height;
+        }
+    }
+
+    // Call with each group of strips side by side that read the same places.
+    template <class Action>
+    INLINE void each(Action action) const {
+        for (int from = 0, to; from < STRIPS; from = to) {
+            for (to = from + 1; to < STRIPS && to - from < ABREAST && low[to] == low[from] && high[to] == high[from];)
+                to++;
+            if (high[from] > low[from]) action(from, to - from, low[from], high[from]);
+        }
+    }
+};
+
+// Call with each tile of a chunk: its first place, its height, the strips that read it, and its masks or none.
+template <class Action>
+INLINE void tiles(const Run& run, uint64_t present, int64_t first, int64_t number, Action action) {
+    const int strips = (64 - __builtin_clzll(present) + STRIP - 1) / STRIP;
+    const bool plain = run.plain(first + number);
+    for (int64_t place = 0; place < number; place += TALL) {
+        const int height = (int)std::min<int64_t>(TALL, number - place);
+        uint64_t bits[TALL], some = 0, every = ~0ull;
+        int from = 0, to = strips;
+        bool masked = false;
+        if (!plain) {
+            for (int r = 0; r < height; r++) {
+                bits[r] = run.readers(first + place + r) & present;
+                some |= bits[r];
+                every &= bits[r];
+            }
+            if (!some) continue;
+            from = __builtin_ctzll(some) / STRIP;
+            to = (63 - __builtin_clzll(some)) / STRIP + 1;
+            const uint64_t inside = (to == STRIPS ? ~0ull : (1ull << to * STRIP) - 1) & (~0ull << from * STRIP);
+            masked = (every ^ present) & inside;
+        }
+        if (masked)
+            for (int r = 0; r < height; r++) bits[r] >>= from * STRIP;
+        for (int s = from, next; s < to; s = next) {
+            next = std::min(to, s + ABREAST);
+            action(place, height, s, next, masked ? bits : nullptr);
+            if (masked)
+                for (int r = 0; r < height; r++) bits[r] >>= (next - s) * STRIP;
+        }
+    }
+}
+
+template <class T>
+void forward_block(const Work& work, const Block& block, int64_t batch, int64_t head, Room& room) {
+    const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
+                  value_wide = whole(value_width);
+    const int64_t widest = std::max(wide, value_wide);
+    float* queries = room.take(ROWS * (wide + value_wide + widest + CHUNK + 4) + CHUNK * (wide + value_wide));
+    float *output = queries + ROWS * wide, *rows = output + ROWS * value_wide, *scores = rows + ROWS * widest,
+          *most = scores + ROWS * CHUNK, *high = most + ROWS, *total = high + ROWS, *rescale = total + ROWS,
+          *key_room = rescale + ROWS, *value_room = key_room + CHUNK * wide;
+    gather(row<T>(work.query, batch, head, block.start), work.query.row * block.step, block.rows, width,
+           (float)(work.scale * LOG2E), rows, wide, ROWS);
+    turn(rows, wide, queries);
+
+    const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
+    float *out = work.output + at * value_width, *lse = work.lse + at;
+    for (int r = 0; r < ROWS; r++) high[r] = UNREAD, total[r] = 0;
+    std::memset(output, 0, sizeof(float) * ROWS * value_wide);
+    if (block.level) {
+        for (int64_t r = 0; r < block.rows; r++)
+            if (const float known = lse[r * block.step]; known > SILENT || std::isnan(known))
+                high[r] = (float)(known * LOG2E), total[r] = 1;
+        gather(out, value_width * block.step, block.rows, value_width, 1.0f, rows, value_wide, ROWS);
+        turn(rows, value_wide, output);
+    }
+
+    const uint64_t present = block.present();
+    const int64_t key_head = head / work.share;
+    for (const Run& run : block.runs)
+        for (int64_t first = 0; first < run.columns; first += CHUNK) {
+            const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
+            int64_t key_next, value_next;
+            const float* key = keys_of(work.key, (const T*)nullptr, batch, key_head, run, first, number, width,
+                                       key_room, key_next);
+            Live live;
+            for (int r = 0; r < ROWS; r++) most[r] = UNREAD;
+            tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
+                live.add(from, to, place, height, scores, UNREAD);
+                tile<Score>(height, to - from, key + place * key_next, key_next, (const float*)queries + from * STRIP,
+                            width, (const uint64_t*)bits, scores + place * ROWS + from * STRIP, most + from * STRIP);
+            });
+
+            bool moved = false;
+            for (int v = 0; v < ROWS / LANES; v++) {
+                const int s = v / VECTORS;
+                if (live.low[s] == live.high[s]) continue;
+                const Vector before = load(high + v * LANES), now = larger(before, load(most + v * LANES));
+                const Integers silent = now < SILENT;
+                const Vector less = silent ? Vector{} : now, factor = power(before - now);
+                Vector sum = {};
+                for (float* score = scores + live.low[s] * ROWS + v * LANES;
+                     score < scores + live.high[s] * ROWS; score += ROWS) {
+                    const Vector weight = power(load(score) - less);
+                    store(score, weight);
+                    sum += weight;
+                }
+                store(total + v * LANES, load(total + v * LANES) * factor + sum);
+                store(high + v * LANES, now);
+                store(rescale + v * LANES, factor);
+                const Integers changed = factor != 1.0f;
+                for (int lane = 0; lane < LANES; lane++) moved |= changed[lane];
+            }
+
+            const float* value = keys_of(work.value, (const T*)nullptr, batch, key_head, run, first, number,
+                                         value_width, value_room, value_next);
+            live.each([&](int from, int strips, int64_t low, int64_t top) {
+                for (int64_t i = 0; i < value_width; i += TALL)
+                    tile<Weigh>((int)std::min<int64_t>(TALL, value_width - i), strips,
+                                value + low * value_next + i, value_next,
+                                (const float*)scores + low * ROWS + from * STRIP, top - low,
+                                moved ? (const float*)rescale + from * STRIP : (const float*)nullptr,
+                                output + i * ROWS + from * STRIP);
+            });
+        }
+
+    for (int v = 0; v < ROWS; v += LANES) {
+        const Vector sum = load(total + v);
+        const Vector share = sum == 0.0f ? Vector{} : 1.0f / sum;
+        for (int64_t i = 0; i < value_width; i++)
+            store(output + i * ROWS + v, load(output + i * ROWS + v) * share);
+    }
+    turn_back(output, value_wide, rows);
+    for (int64_t r = 0; r < block.rows; r++) {
+        std::memcpy(out + r * block.step * value_width, rows + r * value_wide, sizeof(float) * value_width);
+        lse[r * block.step] = total[r] == 0 ? -std::numeric_limits<float>::infinity()
+                                            : (float)(high[r] / LOG2E + std::log((double)total[r]));
+    }
+}
+
+template <class T>
+void backward_block(const Work& work, const Block& block, int64_t batch, int64_t head, float* grad_key,
+                    float* grad_value, Room& room) {
+    const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
+                  value_wide = whole(value_width);
+    float* rows = room.take(ROWS * (3 * wide + 2 * value_wide + 2 * CHUNK + 3) + CHUNK * (wide + value_wide));
+    float *queries = rows + ROWS * wide, *into = queries + ROWS * wide, *grad_rows = into + ROWS * wide,
+          *grads = grad_rows + ROWS * value_wide, *weights = grads + ROWS * value_wide,
+          *slopes = weights + ROWS * CHUNK, *lse = slopes + ROWS * CHUNK, *delta = lse + ROWS,
+          *rest = delta + ROWS, *key_room = rest + ROWS, *value_room = key_room + CHUNK * wide;
+    const T* query = row<T>(work.query, batch, head, block.start);
+    gather(query, work.query.row * block.step, block.rows, width, (float)(work.scale * LOG2E), rows, wide, ROWS);
+    turn(rows, wide, queries);
+    gather(query, work.query.row * block.step, block.rows, width, work.scale, rows, wide, ROWS);
+    gather(row<T>(work.grad_output, batch, head, block.start), work.grad_output.row * block.step, block.rows,
+           value_width, 1.0f, grad_rows, value_wide, ROWS);
+    turn(grad_rows, value_wide, grads);
+    const T* result = row<T>(work.result, batch, head, block.start);
+    const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
+    for (int64_t r = 0; r < ROWS; r++) {
+        const bool present = r < block.rows;
+        const double total = present ? work.lse[at + r * block.step] * LOG2E : -UNREAD;
+        lse[r] = (float)total;
+        rest[r] = (float)(total - lse[r]);
+        delta[r] = present ? -work.grad_lse[at + r * block.step] : 0;
+        if (present) delta[r] += dot(grad_rows + r * value_wide, result + r * work.result.row * block.step, value_width);
+    }
+    std::memset(into, 0, sizeof(float) * ROWS * wide);
+
+    const uint64_t present = block.present();
+    const int64_t key_head = head / work.share;
+    for (const Run& run : block.runs)
+        for (int64_t first = 0; first < run.columns; first += CHUNK) {
+            const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
+            int64_t key_next, value_next;
+            const float* key = keys_of(work.key, (const T*)nullptr, batch, key_head, run, first, number, width,
+                                       key_room, key_next);
+            const float* value = keys_of(work.value, (const T*)nullptr, batch, key_head, run, first, number,
+                                         value_width, value_room, value_next);
+            Live live;
+            tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
+                live.add(from, to, place, height, slopes, 0.0f);
+                const int64_t corner = place * ROWS + from * STRIP;
+                tile<Again>(height, to - from, key + place * key_next, key_next, (const float*)queries + from * STRIP,
+                            width, (const uint64_t*)bits, (const float*)lse + from * STRIP,
+                            (const float*)rest + from * STRIP, weights + corner);
+                tile<Slope>(height, to - from, value + place * value_next, value_next,
+                            (const float*)grads + from * STRIP, value_width, (const float*)weights + corner,
+                            (const float*)delta + from * STRIP, slopes + corner);
+                const int64_t deep = (to - from) * STRIP, to_key = (run.key + (first + place) * run.step);
+                for (int64_t i = 0; i < value_wide; i += STRIP * ABREAST)
+                    tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (value_wide - i) / STRIP),
+                                  (const float*)weights + corner, (const float*)grad_rows + from * STRIP * value_wide + i,
+                                  value_wide, deep, grad_value + to_key * value_wide + i, run.step * value_wide);
+                for (int64_t i = 0; i < wide; i += STRIP * ABREAST)
+                    tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (wide - i) / STRIP),
+                                  (const float*)slopes + corner, (const float*)rows + from * STRIP * wide + i, wide, deep,
+                                  grad_key + to_key * wide + i, run.step * wide);
+            });
+            live.each([&](int from, int strips, int64_t low, int64_t top) {
+                for (int64_t i = 0; i < width; i += TALL)
+                    tile<Weigh>((int)std::min<int64_t>(TALL, width - i), strips, key + low * key_next + i, key_next,
+                                (const float*)slopes + low * ROWS + from * STRIP, top - low, (const float*)nullptr,
+                                into + i * ROWS + from * STRIP);
+            });
+        }
+
+    turn_back(into, wide, rows);
+    float* out = work.grad_query + at * width;
+    for (int64_t r = 0; r < block.rows; r++)
+        for (int64_t i = 0; i < width; i++) {
+            float& place = out[r * block.step * width + i];
+            place = (block.level ? place : 0) + work.scale * rows[r * wide + i];
+        }
+}
+
+// Do numbered things on some threads; what each of them does is the same on any number of them.
+template <class Action>
+void share(int64_t number, int64_t threads, Action action) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    auto act = [&] {
+        try {
+            Room room;
+            for (int64_t item; (item = next++) < number;) action(item, room);
+        } catch (const std::bad_alloc&) {
+            failed = true;
+        }
+    };
+    std::vector<std::thread> others;
+    try {
+        while ((int64_t)others.size() + 1 < std::min(threads, number)) others.emplace_back(act);
+    } catch (const std::exception&) {
+        // Fewer threads then.
+    }
+    act();
+    for (std::thread& other : others) other.join();
+    if (failed) throw std::bad_alloc();
+}
+
+template <class T>
+void forward(const Work& work) {
+    for (const std::vector<Block>& level : schedule(work))
+        share(work.batch * work.heads_read * level.size(), work.threads, [&](int64_t item, Room& room) {
+            const int64_t row = item / level.size();
+            forward_block<T>(work, level[item % level.size()], row / work.heads_read,
+                             work.heads[row % work.heads_read], room);
+        });
+}
+
+template <class T>
+void backward(const Work& work) {
+    // Heads that share keys follow one another and are done by one thread, so that nothing is added to from two sides.
+    std::vector<int64_t> starts;
+    for (int64_t n = 0; n < work.heads_read; n++)
+        if (!n || work.heads[n] / work.share != work.heads[n - 1] / work.share) starts.push_back(n);
+    const int64_t groups = starts.size(), key_heads = work.heads_all / work.share;
+    starts.push_back(work.heads_read);
+    const int64_t key_size = work.keys * whole(work.width), value_size = work.keys * whole(work.value_width);
+    for (const std::vector<Block>& level : schedule(work))
+        share(work.batch * groups * work.splits, work.threads, [&](int64_t item, Room& room) {
+            const int64_t split = item % work.splits, group = item / work.splits % groups,
+                          batch = item / work.splits / groups;
+            const size_t first = level.size() * split / work.splits, last = level.size() * (split + 1) / work.splits;
+            for (int64_t n = starts[group]; n < starts[group + 1]; n++) {
+                const int64_t at = (split * work.batch + batch) * key_heads + work.heads[n] / work.share;
+                for (size_t block = first; block < last; block++)
+                    backward_block<T>(work, level[block], batch, work.heads[n], work.grad_key + at * key_size,
+                                      work.grad_value + at * value_size, room);
+            }
+        });
+}
+
+template <class Action>
+int guarded(Action action) {
+    try {
+        action();
+        return 0;
+    } catch (const std::exception&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) int longspan_forward(const Work* work) {
+    return guarded([&] { work->brief ? forward<uint16_t>(*work) : forward<float>(*work); });
+}
+
+extern "C" __attribute__((visibility("default"))) int longspan_backward(const Work* work) {
+    return guarded([&] { work->brief ? backward<uint16_t>(*work) : backward<float>(*work); });
+}

@@ -1,0 +1,282 @@
+"""The native kernel: attention over the parts of a pattern in one pass, by a small library of our own for CPU.
+
+Blocks of queries go through all their keys with the softmax kept online, and of what a mask leaves out nothing is
+computed but what lies within 16 queries by a few keys of something that is read. The library is C++ behind three
+pointers and a table of numbers (`native.cpp`), so it depends on no version of Python or PyTorch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import suppress
+from ctypes import Structure, c_float, c_int64, c_void_p
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longspan.kernel import compiler
+from longspan.kernel.calls import HeadGroup
+from longspan.kernel.frame import Frame, Work
+from longspan.kernel.parts import Lattice, Part
+from longspan.score import Scores
+
+# Queries in a block; in a strip, which is what is skipped or computed as one; keys in a tile; keys in a chunk.
+ROWS, STRIP, TALL, CHUNK = 64, 16, 6, 96
+NOT_BUILT = (
+    "not built: no C++ compiler was found when Longspan was installed; once there is one, "
+    "`python -m longspan.kernel.compiler` builds it"
+)
+# Tensors that the library takes as they lie.
+SIDES = ("query", "key", "value", "grad_output", "result")
+# Fewer queries than this leave most of a strip empty.
+FEWEST = STRIP
+
+
+def able(name: str) -> bool:
+    """Say whether this processor has an instruction set."""
+    has = torch.cpu.get_capabilities()
+    wanted = {"avx512": [f"avx512_{part}" for part in ("f", "bw", "dq", "vl")], "avx2": ["avx2", "fma3"]}
+    return all(has.get(part, False) for part in wanted.get(name, []))
+
+
+def _loaded() -> tuple[ctypes.CDLL | None, str]:
+    """Return the best library for this processor, or why there is none."""
+    for name in compiler.SETS:
+        if compiler.library(name).exists() and able(name):
+            with suppress(OSError):
+                return ctypes.CDLL(str(compiler.library(name))), ""
+    return None, NOT_BUILT
+
+
+_library, MISSING = _loaded()
+
+
+def refusal(query: Tensor, changes: Scores, *, asked: bool) -> str | None:
+    """Say why this kernel cannot take these tensors and changes of scores, or None where it can.
+
+    Very few queries it takes for those who ask for it by name.
+    """
+    why = None
+    if changes.limit is not None:
+        why = "cannot cap scores softly"
+    elif changes.slopes is not None:
+        why = "knows no distances, which ALiBi needs"
+    dtype = str(query.dtype).removeprefix("torch.")
+    return plan_refusal(dtype, str(query.device), query.shape[2], asked=asked, else_why=why)
+
+
+def plan_refusal(
+    dtype: str, device: str, queries: int, *, asked: bool, else_why: str | None = None
+) -> str | None:
+    """Say why this kernel cannot run on a device, in a dtype, on so many queries, or None where it can.
+
+    What `else_why` says comes before what only this machine or this length would have to say.
+    """
+    if device != "cpu":
+        return f"runs on cpu, got {device}"
+    if dtype not in ("float32", "bfloat16"):
+        return f"takes float32 or bfloat16, got {dtype}"
+    if else_why:
+        return else_why
+    if queries < FEWEST and not asked:
+        return f"is taken from {FEWEST} queries on, got {queries}"
+    return MISSING or None
+
+
+def area(part: Part) -> int:
+    """Return the pairs of a part that this kernel computes, those it masks away included."""
+    rows, columns = part.query.places, part.key.places
+    if part.allowed is None and not part.causal:
+        return part.area
+    if part.causal:
+        last = np.minimum(np.arange(STRIP, rows + STRIP, STRIP), rows)
+        held = np.diff(last, prepend=0) * np.minimum(-(-last // TALL) * TALL, columns)
+        return int(held.sum()) * part.rectangles
+    strips = np.logical_or.reduceat(part.allowed, range(0, rows, STRIP), axis=0)
+    tiles = np.logical_or.reduceat(strips, range(0, columns, TALL), axis=1)
+    held = np.outer(
+        np.diff(range(0, rows, STRIP), append=rows), np.diff(range(0, columns, TALL), append=columns)
+    )
+    return int(held[tiles].sum()) * part.rectangles
+
+
+def workspace(heads: int, queries: int, keys: int, width: int) -> tuple[int, int]:
+    """Return the bytes that are taken beside inputs, outputs and gradients, forward and backward, on one thread.
+
+    Each further thread takes some hundred kilobytes more, and its own gradients of keys where there are fewer heads than
+    threads.
+    """
+    wide = _whole(width)
+    forward, backward = (
+        4 * (ROWS * (tall * wide + deep * CHUNK + 4) + 2 * CHUNK * wide) for tall, deep in ((3, 1), (5, 2))
+    )
+    rows = 4 * heads * queries
+    filled = 2 * 4 * heads * keys * (wide - width)
+    return forward + rows, backward + 3 * rows + filled
+
+
+class _Side(Structure):
+    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
+
+
+class _Lattice(Structure):
+    _fields_ = [(name, c_int64) for name in ("start", "step", "places", "outer", "inner")]
+
+
+class _Part(Structure):
+    _fields_ = [
+        ("query", _Lattice),
+        ("key", _Lattice),
+        *((name, c_int64) for name in ("outer", "inner", "causal")),
+        ("bits", c_void_p),
+    ]
+
+
+class _Work(Structure):
+    """What the library is asked; the order is that of `Work` in native.cpp."""
+
+    _fields_ = [
+        *((name, _Side) for name in SIDES),
+        *((name, c_void_p) for name in ("output", "lse", "grad_lse", "grad_query", "grad_key", "grad_value")),
+        *((name, c_void_p) for name in ("heads", "parts")),
+        *((name, c_int64) for name in ("batch", "heads_read", "heads_all", "share", "queries", "keys")),
+        *((name, c_int64) for name in ("width", "value_width", "parts_number", "brief", "threads", "splits")),
+        ("scale", c_float),
+    ]
+
+
+def _bits(part: Part) -> np.ndarray | None:
+    """Return the mask of a part as words, one bit a query, `[keys, words of 64 queries]`."""
+    if part.allowed is None:
+        return None
+    rows, columns = part.allowed.shape
+    wide = np.zeros((columns, -(-rows // ROWS) * ROWS), dtype=bool)
+    wide[:, :rows] = part.allowed.T
+    return np.packbits(wide, axis=1, bitorder="little")
+
+
+@lru_cache(maxsize=256)
+def _table(parts: tuple[Part, ...]) -> tuple[ctypes.Array[_Part], list[np.ndarray | None]]:
+    """Return parts as the library takes them, and the masks that they point to."""
+    masks = [_bits(part) for part in parts]
+    table = (_Part * len(parts))()
+    for row, part, mask in zip(table, parts, masks, strict=True):
+        row.query, row.key = _Lattice(*_numbers(part.query)), _Lattice(*_numbers(part.key))
+        row.outer, row.inner, row.causal = *part.shape, part.causal
+        row.bits = None if mask is None else mask.ctypes.data
+    return table, masks
+
+
+@lru_cache(maxsize=256)
+def _joined(groups: tuple[HeadGroup, ...]) -> tuple[tuple[range, tuple[Part, ...]], ...]:
+    """Return the parts of each range of heads, in one piece: the library joins them without a merge in between."""
+    found: dict[range, tuple[Part, ...]] = {}
+    for group in groups:
+        found[group.heads] = found.get(group.heads, ()) + group.parts
+    return tuple((heads, parts) for heads, parts in found.items() if parts)
+
+
+def _numbers(side: Lattice) -> tuple[int, ...]:
+    return side.start, side.step, side.places, side.outer, side.inner
+
+
+def _whole(width: int) -> int:
+    """Return a width filled up to whole strips."""
+    return -(-width // STRIP) * STRIP
+
+
+def _rowed(side: Tensor) -> Tensor:
+    """Return a tensor whose rows lie in one piece."""
+    return side if side.stride(-1) == 1 or side.shape[-1] == 1 else side.contiguous()
+
+
+def _run(
+    direction: str,
+    work: Work,
+    sides: Sequence[Tensor],
+    *,
+    splits: int = 1,
+    **others: Tensor,
+) -> None:
+    """Call the library for every group of heads; `others` are contiguous float32 tensors that it reads or fills."""
+    query, key, value = sides[:3]
+    assert _library is not None
+    if not query.numel() or not key.shape[2]:
+        return
+    for members, parts in _joined(work.groups):
+        table, _ = _table(parts)
+        heads = (c_int64 * len(members))(*members)
+        asked = _Work(
+            **{
+                name: _Side(side.data_ptr(), *side.stride()[:3])
+                for name, side in zip(SIDES, sides, strict=False)
+            },
+            **{name: other.data_ptr() for name, other in others.items()},
+            heads=ctypes.cast(heads, c_void_p),
+            parts=ctypes.cast(table, c_void_p),
+            batch=query.shape[0],
+            heads_read=len(heads),
+            heads_all=query.shape[1],
+            share=query.shape[1] // key.shape[1],
+            queries=query.shape[2],
+            keys=key.shape[2],
+            width=query.shape[3],
+            value_width=value.shape[3],
+            parts_number=len(parts),
+            brief=query.dtype == torch.bfloat16,
+            threads=torch.get_num_threads(),
+            splits=splits,
+            scale=work.scale,
+        )
+        if getattr(_library, f"longspan_{direction}")(ctypes.byref(asked)):
+            raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
+
+
+def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp over all parts, in float32."""
+    query, key, value = map(_rowed, (query, key, value))
+    output = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float32)
+    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    _run("forward", work, (query, key, value), output=output, lse=lse)
+    return output, lse
+
+
+def _slopes(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grad_output: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    grad_lse: Tensor,
+    work: Work,
+) -> list[Tensor]:
+    """Return the gradients of query, key and value in float32, those of key and value filled up to whole strips."""
+    sides = [_rowed(side) for side in (query, key, value, grad_output, output)]
+    # Heads that share keys are done by one thread; where there are too few of them, each thread sums up its own.
+    apart = max(1, query.shape[0] * key.shape[1])
+    splits = max(1, -(-torch.get_num_threads() // apart))
+    grads = [
+        torch.zeros(splits, *side.shape[:3], _whole(side.shape[3]), dtype=torch.float32)
+        for side in (key, value)
+    ]
+    into = torch.zeros(query.shape, dtype=torch.float32)
+    _run(
+        "backward",
+        work,
+        sides,
+        splits=splits,
+        lse=lse.contiguous(),
+        grad_lse=grad_lse.contiguous(),
+        grad_query=into,
+        grad_key=grads[0],
+        grad_value=grads[1],
+    )
+    return [into, *(grad[0] if splits == 1 else grad.sum(dim=0) for grad in grads)]
+
+
+_frame = Frame(_sums, _slopes, torch.float32)
+attend, forward, backward = _frame.attend, _frame.forward, _frame.backward

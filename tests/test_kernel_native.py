@@ -1,0 +1,147 @@
+"""The native kernel beyond the matrix: what it says where it is not there, its instruction sets, its threads."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernel_matrix import check, tensors
+
+from longspan import attend, attend_with_lse, plan
+from longspan.errors import PlanError
+from longspan.kernel import compiler, native
+from longspan.kernel import plan as plan_module
+from longspan.pattern import BigBird, Causal, LongNet, Pattern, PerHead, SlidingWindow
+from longspan.score import ALiBi, SoftCap
+
+CPU = torch.device("cpu")
+needed = pytest.mark.skipif(bool(native.MISSING), reason=f"native {native.MISSING}")
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Plans that are not kept for others, and a way to say whether the kernel is there."""
+    plan_module._plan.cache_clear()
+    yield monkeypatch
+    plan_module._plan.cache_clear()
+
+
+def test_the_plan_says_what_it_computes(plans: pytest.MonkeyPatch):
+    plans.setattr(native, "MISSING", "")
+    assert (
+        str(plan(SlidingWindow(512), length=8192, heads=8))
+        == """\
+Plan
+  pattern    SlidingWindow(512)
+  heads      8, width 64, float32
+  queries    0 to 8,191 reading keys 0 to 8,191
+  pairs      32,507,904, 6.06% of all
+  most keys  512 for one query
+  blocks     1,488 full, 992 partial, 30,288 empty
+  layout     contiguous
+  computed   33,744,640, 1.04 times the pairs
+  flops      8,322,023,424 forward
+  workspace  386.0 kB forward, 967.7 kB backward at most
+  kernel     native
+  heads 0 to 7
+    1 x causal 512 queries by 512 keys
+    60 x masked 128 queries by 640 keys, 80% of it read"""
+    )
+
+
+def test_where_it_was_not_built_the_plan_says_so(plans: pytest.MonkeyPatch):
+    plans.setattr(native, "MISSING", native.NOT_BUILT)
+    assert (
+        "  kernel     sdpa\n"
+        "  refused    native: not built: no C++ compiler was found when Longspan was installed; once there is one, "
+        "`python -m longspan.kernel.compiler` builds it\n"
+    ) in str(plan(SlidingWindow(512), length=8192, heads=8))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scores", "why"),
+    [
+        (torch.float64, (), "takes float32 or bfloat16, got float64"),
+        (torch.float32, SoftCap(5.0), "cannot cap scores softly"),
+        (torch.float32, ALiBi(), "knows no distances, which ALiBi needs"),
+    ],
+    ids=["float64", "cap", "ALiBi"],
+)
+def test_what_it_cannot_is_refused(dtype: torch.dtype, scores: object, why: str):
+    given = tensors(31, 31, dtype, CPU)
+    with pytest.raises(PlanError) as raised:
+        attend(*given, Causal(), scores=scores, kernel="native")
+    assert f"  refused  native  {why}\n" in str(raised.value)
+    attend(*given, Causal(), scores=scores)
+
+
+def test_few_queries_are_taken_where_it_is_asked_for(plans: pytest.MonkeyPatch):
+    plans.setattr(native, "MISSING", "")
+    made = plan(Causal(), length=99, queries=range(95, 99))
+    assert (made.kernel, made.refused[0]) == ("sdpa", ("native", "is taken from 16 queries on, got 4"))
+    assert plan(Causal(), length=99, queries=range(95, 99), kernel="native").kernel == "native"
+    assert plan(Causal(), length=99, queries=range(80, 99)).kernel == "native"
+
+
+def test_where_there_is_no_compiler_nothing_is_built(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert compiler.build() == ([], "no C++ compiler was found: tried CXX, g++, c++ and clang++")
+
+
+def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    source = tmp_path / "native.cpp"
+    source.write_text("no C++")
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/sh\necho it is not C++ >&2\nexit 1\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(compiler, "SOURCE", source)
+    monkeypatch.setenv("CXX", str(failing))
+    assert compiler.build() == ([], f"{failing} for plain: it is not C++")
+    assert list(tmp_path.glob("*.so")) == []
+
+
+@needed
+@pytest.mark.parametrize("name", compiler.SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_instruction_set_keeps_to_the_formula(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    if not native.able(name) or not compiler.library(name).exists():
+        pytest.skip(f"{platform.machine()} has no {name} here")
+    monkeypatch.setattr(native, "_library", ctypes.CDLL(str(compiler.library(name))))
+    for pattern in (SlidingWindow(70), BigBird(16), PerHead([LongNet((32, 128), (1, 4)), Causal()])):
+        check(pattern, tensors(201, 201, dtype, CPU, width=20, batch=1), "native")
+
+
+@needed
+def test_a_single_key_is_given_whole():
+    query, key, value = tensors(1, 1, torch.float32, CPU)
+    output, lse = attend_with_lse(query, key, value, Causal(), kernel="native")
+    key, value = (side.repeat_interleave(2, dim=1) for side in (key, value))
+    torch.testing.assert_close(output, value)
+    torch.testing.assert_close(lse, (query * key).sum(-1) / query.shape[-1] ** 0.5)
+
+
+@needed
+@pytest.mark.parametrize("pattern", [SlidingWindow(40), LongNet((32, 128), (1, 4))], ids=str)
+def test_threads_change_no_number(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    results = []
+    for threads in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        leaves = [side.requires_grad_() for side in tensors(300, 300, torch.float32, CPU)]
+        output, lse = attend_with_lse(*leaves, pattern, kernel="native")
+        results.append([output, lse, *torch.autograd.grad([output.sum() + lse.sum()], leaves)])
+    for made in results[1:]:
+        assert all(torch.equal(one, other) for one, other in zip(made, results[0], strict=True))
+
+
+@needed
+def test_more_threads_than_key_heads_keep_to_the_formula(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for pattern in (SlidingWindow(40), LongNet((32, 128), (1, 4))):
+        check(pattern, tensors(300, 300, torch.float32, CPU, heads=4, key_heads=1, batch=1), "native")
