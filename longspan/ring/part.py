@@ -104,8 +104,9 @@ def _kernel(query: Tensor, key: Tensor, reading: Reading) -> str:
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
     facts = {"pattern": str(reading.pattern), "query": f"{list(query.shape)} {query.dtype}"}
-    # FlexAttention takes whole texts only.
-    return choose(refusals | {"flex": "does not take a part of a text"}, None, facts)[0]
+    # These take whole texts only.
+    refusals |= dict.fromkeys(("flash", "flex"), "does not take a part of a text")
+    return choose(refusals, None, facts)[0]
 
 
 def _defined(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
