@@ -56,6 +56,9 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
         length=length,
         margin=1.0,
         pattern="Causal()",
+        stages=1,
+        batch=1,
+        repeats=0.0,
         passkeys=0.0,
         steps=options.steps,
         seed=seed,
@@ -101,9 +104,7 @@ def _windows() -> dict[str, list[str]]:
     sizes = [length // 2 >> (layers - 1 - layer) for layer in range(layers)]
     mean = sum(sizes) // layers
     # A quarter of the heads, in the upper half of the layers.
-    dilated = (
-        "PerHead([SlidingWindow({0}), SlidingWindow({0}), SlidingWindow({0}), Longformer({0}, dilation=2)])"
-    )
+    dilated = "Longformer({0}, dilation=(1, 1, 1, 2), global_tokens=0)"
     return {
         "increasing": [f"SlidingWindow({size})" for size in sizes],
         "fixed": [f"SlidingWindow({mean})"] * layers,
@@ -116,7 +117,15 @@ def _windows() -> dict[str, list[str]]:
 
 
 def _scratch(options: argparse.Namespace, seed: int, pattern: str) -> Recipe:
-    shape = {"length": SCRATCH["length"], "pattern": pattern, "method": "full", "passkeys": 0.0, "rate": 3e-3}
+    shape = {
+        "length": SCRATCH["length"],
+        "pattern": pattern,
+        "method": "full",
+        "stages": 1,
+        "repeats": 0.0,
+        "passkeys": 0.0,
+        "rate": 3e-3,
+    }
     return Recipe(
         model=options.model, text=options.text, steps=2 * options.steps, batch=4, seed=seed, **shape
     )
