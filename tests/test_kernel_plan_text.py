@@ -237,7 +237,7 @@ Plan
   most keys  512 for one query
   blocks     196,552 full, 196,560 partial, 536,477,800 empty
   layout     contiguous
-  computed   5,400,810,496, 1.26 times the pairs
+  computed   5,400,806,480, 1.26 times the pairs
   flops      1,099,243,716,608 forward
   workspace  236.3 MB forward, 269.9 MB backward at most
   kernel     sdpa
@@ -249,7 +249,7 @@ Plan
     8,188 x masked 128 queries by 640 keys, 79% of it read
     1 x plain  7,680 queries by 4 keys
     127 x plain  8,192 queries by 4 keys
-    1 x masked 128 queries by 4 keys, 2% of it read""",
+    1 x causal 4 queries by 4 keys""",
     ),
     (
         Longformer(256),

@@ -8,13 +8,24 @@ and where the others lie is known.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import lcm
 
 import numpy as np
 
-from longspan.pattern import Chunk, Every, Everything, Nothing, Pattern, Prefix, Progression, Sink, Transpose
+from longspan.pattern import (
+    Chunk,
+    Every,
+    Everything,
+    Nothing,
+    Pattern,
+    Prefix,
+    Progression,
+    Sink,
+    Transpose,
+    simplify,
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterato
             for part in (slice(0, lead), slice(lead, None)):
                 if rows[part]:
                     whole = Region(simple, first + (part.start or 0), begin, rows[part], columns)
-                    yield from map(_inside_chunks, filter(_holds_pairs, _repeated(whole, size)))
+                    for region in map(_settled, _repeated(whole, size)):
+                        if region.term != Nothing() and _holds_pairs(region):
+                            yield region
 
 
 def edges(term: Pattern, *, turned: bool = False) -> tuple[set[int], set[int]]:
@@ -90,29 +103,28 @@ def beyond_sinks(term: Pattern, queries: range, keys: range) -> Pattern:
     return term.rebuilt(tuple(beyond_sinks(part, queries, keys) for part in term.operands))
 
 
-def _inside_chunks(region: Region) -> Region:
-    """Return the region with `Every` counting from the beginning of the text where it lies in one chunk."""
-    return Region(
-        _plain_residues(region.term, region.queries, region.keys),
-        region.query,
-        region.key,
-        region.queries,
-        region.keys,
-        region.times,
-        region.advance,
-    )
+def _settled(region: Region) -> Region:
+    """Return the region with a term that says nothing which all of its pairs have in common."""
+    q, k = Progression.of(region.queries), Progression.of(region.keys)
+    return replace(region, term=simplify(undecided(region.term, q, k)))
 
 
-def _plain_residues(term: Pattern, queries: range, keys: range) -> Pattern:
+def undecided(term: Pattern, q: Progression, k: Progression) -> Pattern:
+    """Return the term with atoms that hold all pairs of some rectangles, or none of them, as just that."""
+    if isinstance(term, Transpose):
+        return undecided(term.part, k, q).T
+    if term.operands:
+        return term.rebuilt(tuple(undecided(part, q, k) for part in term.operands))
+    count = term.contains(q, k)
+    if count.full.all() or count.empty.all():
+        return Everything() if count.full.all() else Nothing()
     if isinstance(term, Every) and term.within:
-        chunk = keys[0] // term.within
+        chunk = int(k.low.min()) // term.within
         offset = (chunk * term.within + term.offset) % term.step
         # A run that would reach into the next step cannot be counted from the beginning of the text.
-        if chunk == keys[-1] // term.within and offset + term.run <= term.step:
+        if chunk == int(k.high.max()) // term.within and offset + term.run <= term.step:
             return Every(term.step, offset=offset, run=term.run)
-    if isinstance(term, Transpose):
-        return _plain_residues(term.part, keys, queries).T
-    return term.rebuilt(tuple(_plain_residues(part, queries, keys) for part in term.operands))
+    return term
 
 
 def _holds_pairs(region: Region) -> bool:

@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from math import gcd
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
+from longspan.derive.diagonal import staircases
 from longspan.derive.region import Region, regions
 from longspan.derive.terms import terms
 from longspan.derive.tiling import SIZE, Tile, cheapest
-from longspan.kernel.runs import CAUSAL, MASKED, Runs, runs
+from longspan.kernel.runs import CAUSAL, Runs, runs
+from longspan.kernel.staircase import triangles
 from longspan.pattern import Pattern
 
 # How far the next rectangle lies on, outer and inner, for queries and for keys.
@@ -90,21 +92,24 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     made: list[Part] = []
     for term in terms(pattern):
         for region in regions(term, queries, keys, size=size):
-            tile, joined = _laid_out(region.term, region.queries, region.keys, size)
-            for look in range(int(joined.look.max(initial=-1)) + 1):
-                alike = np.flatnonzero(joined.look == look)
-                query, key = _everywhere(region, joined.query[alike], joined.key[alike])
+            joined = _laid_out(region.term, region.queries, region.keys, size)
+            for look in range(len(joined.masks)):
+                same = np.flatnonzero(joined.look == look)
+                query, key = _everywhere(region, joined.query[same], joined.key[same])
                 for chosen, shape, advances in _lattices(query, key):
                     start = (int(query[chosen[0]]), int(key[chosen[0]]))
-                    made.append(_part(tile, joined, alike[0], start, shape, advances))
-    return _marked(made, len(queries))
+                    made.append(_part(joined, same[0], start, shape, advances))
+    return _marked(made)
 
 
 @lru_cache(maxsize=64)
-def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> tuple[Tile, Runs]:
+def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> Runs:
     """Return the runs of a region, which heads that differ elsewhere may have in common."""
-    tile = Tile(term, cheapest(term, queries, keys, size=size))
-    return tile, runs(tile)
+    found = staircases(term, queries, keys)
+    # Where all of a text in order reads some keys, blocks join them with the triangle beside them.
+    if found is not None and (found.step > 1 or len(queries) == 1 or (found.first >= 0).all()):
+        return triangles(found, len(queries), len(keys))
+    return runs(Tile(term, cheapest(term, queries, keys, size=size)))
 
 
 def _everywhere(region: Region, query: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -117,34 +122,58 @@ def _everywhere(region: Region, query: np.ndarray, key: np.ndarray) -> tuple[np.
 
 
 def _part(
-    tile: Tile,
-    joined: Runs,
-    sample: int,
-    start: tuple[int, int],
-    shape: tuple[int, int],
-    advances: Advances,
+    joined: Runs, sample: int, start: tuple[int, int], shape: tuple[int, int], advances: Advances
 ) -> Part:
     places = (int(joined.rows[sample]), int(joined.columns[sample]))
-    query = Lattice(start[0], tile.blocks.query_side.step, places[0], *advances[0])
-    key = Lattice(start[1], tile.blocks.key_side.step, places[1], *advances[1])
-    masked = joined.kind[sample] == MASKED
-    allowed = np.array(tile.mask(joined.query[sample], joined.key[sample], *places)) if masked else None
-    return Part(query, key, shape, allowed, bool(joined.kind[sample] == CAUSAL), fresh=False)
+    query, key = (
+        Lattice(*side) for side in zip(start, joined.steps, places, *zip(*advances, strict=True), strict=True)
+    )
+    causal = bool(joined.kind[sample] == CAUSAL)
+    return Part(query, key, shape, joined.masks[joined.look[sample]], causal, fresh=False)
 
 
-def _marked(made: list[Part], length: int) -> tuple[Part, ...]:
-    """Return the parts with those marked whose queries no part before them touches."""
-    touched = np.zeros(length, dtype=bool)
+def _marked(made: list[Part]) -> tuple[Part, ...]:
+    """Return the parts with those marked whose queries surely no part before them touches."""
+    sides = [part.query for part in made]
+    strides = np.array([_stride(part.query, part.shape) for part in made])
+    first = np.array([side.start for side in sides])
+    last = first + [_reach(part.query, part.shape) for part in made]
     marked = []
-    for part in made:
-        query = part.query
-        rows = as_strided(
-            touched[query.start :], (*part.shape, query.places), (query.outer, query.inner, query.step)
-        )
-        marked.append(replace(part, fresh=not marked or not rows.any()))
-        if len(marked) < len(made):
-            rows[...] = True
+    for number, part in enumerate(made):
+        # What advances by multiples of a number never meets what begins between them.
+        common = np.maximum(np.gcd(strides[:number], strides[number]), 1)
+        meets = (first[:number] <= last[number]) & (first[number] <= last[:number])
+        meets &= (first[:number] - first[number]) % common == 0
+        fresh = not any(_meet(made[other], part) for other in np.flatnonzero(meets))
+        marked.append(replace(part, fresh=fresh))
     return tuple(marked)
+
+
+def _stride(side: Lattice, shape: tuple[int, int]) -> int:
+    """Return what all advances of a lattice are multiples of."""
+    advances = zip((*shape, side.places), (side.outer, side.inner, side.step), strict=True)
+    return gcd(*(advance for number, advance in advances if number > 1))
+
+
+def _reach(side: Lattice, shape: tuple[int, int]) -> int:
+    """Return how far the last place of a lattice lies behind its first one."""
+    return side.outer * (shape[0] - 1) + side.inner * (shape[1] - 1) + side.step * (side.places - 1)
+
+
+def _meet(one: Part, other: Part) -> bool:
+    """Say whether two parts whose first and last queries overlap may have queries in common."""
+    if one.query.step != other.query.step or one.query.step == 1:
+        return True
+    return bool(np.isin(_residues(one), _residues(other)).any())
+
+
+def _residues(part: Part) -> np.ndarray:
+    """Return the residues, modulo the step of its places, at which the queries of a part lie."""
+    side = part.query
+    begins = (
+        side.start + np.arange(part.shape[0])[:, None] * side.outer + np.arange(part.shape[1]) * side.inner
+    )
+    return begins % side.step
 
 
 def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:
@@ -153,11 +182,16 @@ def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, 
     Keys either move with the queries (a band) or stay (a sink), so points are first sorted into the lines of
     whichever of the two holds more of them.
     """
+    down, right = np.diff(query), np.diff(key)
+    if (down == down[:1]).all() and (right == right[:1]).all() and down[:1].all():
+        advance = int(down[0]) if len(down) else 0, int(right[0]) if len(right) else 0
+        yield np.arange(len(query)), (1, len(query)), ((0, advance[0]), (0, advance[1]))
+        return
     distance, inverse, moving = np.unique(query - key, return_inverse=True, return_counts=True)
     _, resting_inverse, resting = np.unique(key, return_inverse=True, return_counts=True)
     moves = moving[inverse] >= resting[resting_inverse]
     line = np.where(moves, inverse, len(distance) + resting_inverse)
-    for number in np.unique(line):
+    for number in np.flatnonzero(np.bincount(line)):
         points = np.flatnonzero(line == number)
         points = points[np.lexsort((key[points], query[points]))]
         yield from _regular(points, query, key)

@@ -30,6 +30,8 @@ class Runs:
         rows, columns: places on each side.
         kind: `PLAIN` (every pair), `MASKED` (the pairs of the pattern) or `CAUSAL` (the lower triangle).
         look: runs with equal `look` have equal shape and equal masks.
+        steps: distance from one query to the next, and from one key to the next, as indices.
+        masks: for each look the pairs of a rectangle, bool `[rows, columns]`, or None where there is no mask.
     """
 
     query: np.ndarray
@@ -38,6 +40,15 @@ class Runs:
     columns: np.ndarray
     kind: np.ndarray
     look: np.ndarray
+    steps: tuple[int, int]
+    masks: tuple[np.ndarray | None, ...]
+
+
+def alike(*facts: np.ndarray) -> np.ndarray:
+    """Number columns of facts, equal ones by equal numbers from 0 on."""
+    if len(facts[0]) < 2:
+        return np.zeros(len(facts[0]), dtype=np.int64)
+    return np.unique(np.stack(facts), axis=1, return_inverse=True)[1].ravel()
 
 
 def runs(tile: Tile) -> Runs:
@@ -61,8 +72,13 @@ def runs(tile: Tile) -> Runs:
     masked = kind == MASKED
     if masked.any():
         facts.append(_masks(tile, query, key, rows, columns, masked))
-    _, look = np.unique(np.stack(facts), axis=1, return_inverse=True)
-    return Runs(query, key, rows, columns, kind, look.ravel())
+    look = alike(*facts)
+    samples = np.unique(look, return_index=True)[1]
+    masks = tuple(
+        np.array(tile.mask(query[one], key[one], rows[one], columns[one])) if masked[one] else None
+        for one in samples.tolist()
+    )
+    return Runs(query, key, rows, columns, kind, look, (blocks.query_side.step, blocks.key_side.step), masks)
 
 
 _STRETCH = np.dtype(
