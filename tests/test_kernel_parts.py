@@ -15,13 +15,16 @@ from longspan.pattern import (
     S2,
     SCCA,
     SDA,
+    BigBird,
     Causal,
+    Chosen,
     Chunk,
     Dilated,
     Longformer,
     LongMixed,
     LongNet,
     Pattern,
+    Random,
     Sink,
     SlidingWindow,
     Streaming,
@@ -50,8 +53,8 @@ def narrow_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs_module, "WIDEST", 4)
 
 
-def indices(lattice: Lattice, i: int, j: int) -> np.ndarray:
-    return lattice.start + i * lattice.outer + j * lattice.inner + np.arange(lattice.places) * lattice.step
+def indices(lattice: Lattice, shape: tuple[int, int], i: int, j: int) -> np.ndarray:
+    return lattice.begins(shape)[i, j] + np.arange(lattice.places) * lattice.step
 
 
 def held(part: Part) -> np.ndarray:
@@ -71,7 +74,7 @@ def check_parts(pattern: Pattern, queries: range, keys: range, *, size: int = 8)
         for i in range(part.shape[0]):
             together = np.zeros(len(queries), dtype=np.int64)
             for j in range(part.shape[1]):
-                rows, columns = indices(part.query, i, j), indices(part.key, i, j)
+                rows, columns = (indices(side, part.shape, i, j) for side in (part.query, part.key))
                 assert rows.min() >= 0 and rows.max() < len(queries)
                 assert columns.min() >= 0 and columns.max() < len(keys)
                 found[np.ix_(rows, columns)] += held(part)
@@ -109,6 +112,28 @@ def test_parts_of_ranges_hold_every_pair_as_often_as_counted(pattern: Pattern, d
 def test_parts_of_named_patterns_hold_every_pair_as_often_as_counted(pattern: Pattern, length: int):
     for head in range(4):
         check_parts(pattern.at_head(head, 4), range(length), range(length))
+
+
+TABLES = [
+    BigBird(8),
+    BigBird(8, length=129, causal=False),
+    Causal() & Chosen([[0], [0, 1], [], [1, 3], [0, 4, 2], [1, 5]], size=16),
+    Chosen([[0, 1], [2], [5, 3], [8], [0, 1, 2, 3]], size=16) - Window(9),
+    (Sink(8) | Random(2, size=8)) + Causal() & Random(3, size=4, of=20),
+]
+
+
+@pytest.mark.parametrize("pattern", TABLES, ids=str)
+@pytest.mark.parametrize("queries", [range(129), range(64, 97), range(5, 120)], ids=str)
+def test_parts_of_tables_hold_every_pair_as_often_as_counted(pattern: Pattern, queries: range):
+    for head in range(2):
+        check_parts(pattern.at_head(head, 2), queries, range(129))
+
+
+def test_a_table_of_a_long_text_is_few_parts():
+    done = parts(BigBird().at_head(0, 8), range(65_536), range(65_536))
+    assert len(done) <= 10
+    assert sum(part.pairs for part in done if part.key.at is not None) == (1019 * 3 + 2 + 1) * 64 * 64
 
 
 @pytest.mark.parametrize("pattern", METHODS, ids=str)

@@ -14,18 +14,22 @@ from math import lcm
 
 import numpy as np
 
+from longspan.derive.listing import listed
 from longspan.pattern import (
     Chunk,
+    Complement,
     Every,
     Everything,
+    Intersection,
     Nothing,
     Pattern,
     Prefix,
     Progression,
     Sink,
     Transpose,
-    simplify,
+    Union,
 )
+from longspan.pattern.choice import Blockwise
 
 
 @dataclass(frozen=True)
@@ -106,15 +110,33 @@ def beyond_sinks(term: Pattern, queries: range, keys: range) -> Pattern:
 def _settled(region: Region) -> Region:
     """Return the region with a term that says nothing which all of its pairs have in common."""
     q, k = Progression.of(region.queries), Progression.of(region.keys)
-    return replace(region, term=simplify(undecided(region.term, q, k)))
+    return replace(region, term=undecided(region.term, q, k))
 
 
 def undecided(term: Pattern, q: Progression, k: Progression) -> Pattern:
-    """Return the term with atoms that hold all pairs of some rectangles, or none of them, as just that."""
+    """Return the term without what is all or none of the pairs of some rectangles."""
     if isinstance(term, Transpose):
-        return undecided(term.part, k, q).T
+        part = undecided(term.part, k, q)
+        return part if isinstance(part, Everything | Nothing) else part.T
+    if isinstance(term, Complement):
+        part = undecided(term.part, q, k)
+        return Nothing() if part == Everything() else Everything() if part == Nothing() else ~part
+    if isinstance(term, Intersection | Union):
+        # Of an intersection nothing is left where a part holds nothing, of a union where a part holds everything.
+        neutral, final = (Everything, Nothing) if isinstance(term, Intersection) else (Nothing, Everything)
+        parts = []
+        for part in term.parts:
+            left = undecided(part, q, k)
+            if isinstance(left, final):
+                return left
+            if not isinstance(left, neutral):
+                parts.append(left)
+        return term.rebuilt(tuple(parts)) if len(parts) > 1 else parts[0] if parts else neutral()
     if term.operands:
         return term.rebuilt(tuple(undecided(part, q, k) for part in term.operands))
+    if isinstance(term, Blockwise):
+        # A table is large, and says little of large rectangles.
+        return term
     count = term.contains(q, k)
     if count.full.all() or count.empty.all():
         return Everything() if count.full.all() else Nothing()
@@ -128,6 +150,8 @@ def undecided(term: Pattern, q: Progression, k: Progression) -> Pattern:
 
 
 def _holds_pairs(region: Region) -> bool:
+    if listed(region.term) is not None:
+        return True
     count = region.term.count(Progression.of(region.queries), Progression.of(region.keys))
     return not count.empty.all()
 

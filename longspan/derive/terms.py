@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import reduce
 from itertools import product
-from operator import and_
+from operator import and_, or_
 
 from longspan.pattern import Intersection, Nothing, Pattern, Sum, Transpose, Union, simplify
 
@@ -40,7 +40,7 @@ def _cut(pattern: Pattern) -> tuple[Pattern, ...]:
         return tuple(reduce(and_, choice) for choice in product(*map(_cut, pattern.parts)))
     if isinstance(pattern, Union) and _worth_cutting(pattern):
         # Parts that repeat come first: what they leave over of the others is small.
-        ordered = sorted(pattern.parts, key=lambda part: part.period is None)
+        ordered = sorted(_alike(pattern.parts), key=lambda part: part.period is None)
         cut = [term for part in ordered for term in _cut(part)]
         return tuple(reduce(lambda kept, before: kept - before, cut[:n], term) for n, term in enumerate(cut))
     return (pattern,)
@@ -49,6 +49,14 @@ def _cut(pattern: Pattern) -> tuple[Pattern, ...]:
 def _worth_cutting(union: Union) -> bool:
     wants = {(part.steps, part.period is None) for part in union.parts}
     return len(wants) > 1 and not any(_counts_twice(part) for part in union.parts)
+
+
+def _alike(parts: tuple[Pattern, ...]) -> list[Pattern]:
+    """Return parts of a union, those in one that want the layout of the text."""
+    kinds: dict[object, list[Pattern]] = {}
+    for number, part in enumerate(parts):
+        kinds.setdefault(number if part.steps != (1, 1) else str(part.period is None), []).append(part)
+    return [reduce(or_, kind) for kind in kinds.values()]
 
 
 def _counts_twice(pattern: Pattern) -> bool:

@@ -121,6 +121,13 @@ def _together(pieces: Iterable[Band]) -> Iterator[Band]:
 
 def _pieces(part: Part) -> Iterator[Band]:
     """Cut a part into bands."""
+    if part.key.at is not None:
+        # Keys at no regular distances are no view, so each rectangle stands for itself.
+        for number, begin in enumerate(part.key.at.tolist()):
+            query = replace(part.query, start=part.query.start + number * part.query.inner, inner=0)
+            key = replace(part.key, start=part.key.start + begin, at=None)
+            yield from _pieces(replace(part, query=query, key=key, shape=(1, 1)))
+        return
     whole = Band(part.query, part.key, part.shape, high=0 if part.causal else None)
     if part.allowed is None:
         yield whole

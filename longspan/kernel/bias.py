@@ -108,7 +108,8 @@ def shift(
     rectangle = torch.arange(call.inner.start, call.inner.stop)[:, None]
     place = query.start + call.outer * query.outer + rectangle * query.inner
     q = queries.start + queries.step * (place + query.step * torch.arange(query.places))
-    k = first + apart * (key.start + call.outer * key.outer + rectangle * key.inner + key.step * nearest)
+    begins = torch.from_numpy(key.begins(call.part.shape)[call.outer])[rectangle]
+    k = first + apart * (begins + key.step * nearest)
     own = torch.tensor([slopes[head] for head in call.heads], dtype=torch.float64)
     return (-own[:, None, None] * (q - k).abs()).to(dtype)
 

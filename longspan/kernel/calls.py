@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from longspan.kernel.parts import Lattice, Part
@@ -43,12 +44,17 @@ class Call:
         return self._view(tensor, self.part.query, self.heads, self.inner)
 
     def look_up(self, tensor: Tensor) -> Tensor:
-        """Return the view `[key heads, rectangles, places, width]` of a tensor on the key side."""
+        """Return the view `[key heads, rectangles, places, width]` of a tensor on the key side, or what is gathered."""
+        if self.part.key.at is not None:
+            return self._rows(tensor)[:, self._gathered()].unflatten(1, (len(self.inner), -1))
         return self._view(tensor, self.part.key, self.key_heads, self.inner)
 
     def give_back(self, whole: Tensor, part: Tensor) -> None:
         """Add a gradient of the view `look_up` gave to the whole, where rectangles may overlap."""
         lattice = self.part.key
+        if lattice.at is not None:
+            self._rows(whole).index_add_(1, self._gathered(), part.flatten(1, 2))
+            return
         if lattice.inner == 0:
             part, inner = part.sum(dim=1, keepdim=True), self.inner[:1]
             self._view(whole, lattice, self.key_heads, inner).add_(part)
@@ -58,6 +64,17 @@ class Call:
             start = lattice.start + places.start * lattice.step
             cut = Lattice(start, lattice.step, piece.shape[2], lattice.outer, lattice.inner)
             self._view(whole, cut, self.key_heads, self.inner[rectangles]).add_(piece)
+
+    def _rows(self, tensor: Tensor) -> Tensor:
+        """Return the key heads of a tensor, `[key heads, keys, width]`."""
+        heads = self.key_heads
+        return tensor[self.row, heads.start : heads.stop : heads.step]
+
+    def _gathered(self) -> Tensor:
+        """Return the index of every key of every rectangle, one rectangle after the other."""
+        lattice = self.part.key
+        begins = lattice.begins(self.part.shape)[self.outer, self.inner.start : self.inner.stop]
+        return torch.from_numpy((begins[:, None] + np.arange(lattice.places) * lattice.step).ravel())
 
     def _view(self, tensor: Tensor, lattice: Lattice, heads: range, inner: range) -> Tensor:
         batch_stride, head_stride, stride, *rest = tensor.stride()
@@ -113,7 +130,8 @@ def calls(
         for group in groups:
             for heads, key_heads in paired(group.heads, share):
                 for part in group.parts:
-                    budget = max(1, numbers // places(part))
+                    copied = 0 if part.key.at is None else 2 * part.key.places * key.shape[3]
+                    budget = max(1, numbers // (places(part) + copied))
                     most = max(1, min(len(heads), numbers // max(1, alone(part))))
                     inner = max(1, min(budget // most, part.shape[1]))
                     abreast = max(1, min(budget // inner, most))

@@ -122,19 +122,6 @@ class _Side(Structure):
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("row", c_int64)]
 
 
-class _Lattice(Structure):
-    _fields_ = [(name, c_int64) for name in ("start", "step", "places", "outer", "inner")]
-
-
-class _Part(Structure):
-    _fields_ = [
-        ("query", _Lattice),
-        ("key", _Lattice),
-        *((name, c_int64) for name in ("outer", "inner", "causal")),
-        ("bits", c_void_p),
-    ]
-
-
 class _Work(Structure):
     """What the library is asked; the order is that of `Work` in native.cpp."""
 
@@ -159,15 +146,24 @@ def _bits(part: Part) -> np.ndarray | None:
 
 
 @lru_cache(maxsize=256)
-def _table(parts: tuple[Part, ...]) -> tuple[ctypes.Array[_Part], list[np.ndarray | None]]:
-    """Return parts as the library takes them, and the masks that they point to."""
+def _table(parts: tuple[Part, ...]) -> tuple[np.ndarray, list[np.ndarray | None]]:
+    """Return parts as the library takes them, a row of numbers each in the order of `Part` in native.cpp, and the masks that they point to."""
     masks = [_bits(part) for part in parts]
-    table = (_Part * len(parts))()
-    for row, part, mask in zip(table, parts, masks, strict=True):
-        row.query, row.key = _Lattice(*_numbers(part.query)), _Lattice(*_numbers(part.key))
-        row.outer, row.inner, row.causal = *part.shape, part.causal
-        row.bits = None if mask is None else mask.ctypes.data
-    return table, masks
+    rows = [
+        _rows(part, 0 if mask is None else mask.ctypes.data) for part, mask in zip(parts, masks, strict=True)
+    ]
+    return np.ascontiguousarray(np.concatenate(rows)), masks
+
+
+def _rows(part: Part, bits: int) -> np.ndarray:
+    """Return a part as the library takes it, or the rectangles of one whose keys lie at no regular distances."""
+    query, key = _numbers(part.query), _numbers(part.key)
+    if part.key.at is None:
+        return np.array([[*query, *key, *part.shape, part.causal, bits]], dtype=np.int64)
+    rows = np.tile(np.array([*query, *key, 1, 1, part.causal, bits], dtype=np.int64), (part.rectangles, 1))
+    rows[:, 0] += np.arange(part.rectangles) * part.query.inner
+    rows[:, len(query)] += part.key.at
+    return rows
 
 
 @lru_cache(maxsize=256)
@@ -216,7 +212,7 @@ def _run(
             },
             **{name: other.data_ptr() for name, other in others.items()},
             heads=ctypes.cast(heads, c_void_p),
-            parts=ctypes.cast(table, c_void_p),
+            parts=table.ctypes.data,
             batch=query.shape[0],
             heads_read=len(heads),
             heads_all=query.shape[1],
@@ -225,7 +221,7 @@ def _run(
             keys=key.shape[2],
             width=query.shape[3],
             value_width=value.shape[3],
-            parts_number=len(parts),
+            parts_number=len(table),
             brief=query.dtype == torch.bfloat16,
             threads=torch.get_num_threads(),
             splits=splits,

@@ -8,7 +8,7 @@ is the merge of attention over its parts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from math import gcd
 
@@ -19,6 +19,7 @@ from longspan.derive.region import Region, regions
 from longspan.derive.terms import terms
 from longspan.derive.tiling import SIZE, Tile, cheapest
 from longspan.kernel.runs import CAUSAL, Runs, runs
+from longspan.kernel.scatter import Squares, scattered
 from longspan.kernel.staircase import triangles
 from longspan.pattern import Pattern
 
@@ -30,7 +31,8 @@ Advances = tuple[tuple[int, int], tuple[int, int]]
 class Lattice:
     """Where the rectangles of a part lie along one tensor axis.
 
-    Place `r` of rectangle `(i, j)` is at index `start + i * outer + j * inner + r * step`.
+    Place `r` of rectangle `(i, j)` is at index `start + i * outer + j * inner + r * step`, or, on the side of the keys,
+    at `start + at[j] + r * step` where rectangles lie at no regular distances; then there is one of them for each `j`.
     """
 
     start: int
@@ -38,6 +40,12 @@ class Lattice:
     places: int
     outer: int
     inner: int
+    at: np.ndarray | None = field(default=None, compare=False)
+
+    def begins(self, shape: tuple[int, int]) -> np.ndarray:
+        """Return where the rectangles of a part of some shape begin, int64 `[outer, inner]`."""
+        inner = np.arange(shape[1]) * self.inner if self.at is None else self.at
+        return self.start + np.arange(shape[0])[:, None] * self.outer + inner
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,22 +97,31 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
 
     Law: the rectangles of all parts together hold every pair as often as the pattern counts it.
     """
+    return _marked([part for term in terms(pattern) for part in _of_term(term, queries, keys, size)])
+
+
+@lru_cache(maxsize=64)
+def _of_term(term: Pattern, queries: range, keys: range, size: int) -> tuple[Part, ...]:
+    """Return the parts of a term, which heads that differ elsewhere may have in common."""
     made: list[Part] = []
-    for term in terms(pattern):
-        for region in regions(term, queries, keys, size=size):
-            joined = _laid_out(region.term, region.queries, region.keys, size)
-            for look in range(len(joined.masks)):
-                same = np.flatnonzero(joined.look == look)
-                query, key = _everywhere(region, joined.query[same], joined.key[same])
-                for chosen, shape, advances in _lattices(query, key):
-                    start = (int(query[chosen[0]]), int(key[chosen[0]]))
-                    made.append(_part(joined, same[0], start, shape, advances))
-    return _marked(made)
+    for region in regions(term, queries, keys, size=size):
+        squares = scattered(region.term, region.queries, region.keys)
+        if squares is not None:
+            made.extend(_scattered_part(region, found) for found in squares)
+            continue
+        joined = _laid_out(region.term, region.queries, region.keys, size)
+        for look in range(len(joined.masks)):
+            same = np.flatnonzero(joined.look == look)
+            query, key = _everywhere(region, joined.query[same], joined.key[same])
+            for chosen, shape, advances in _lattices(query, key):
+                start = (int(query[chosen[0]]), int(key[chosen[0]]))
+                made.append(_part(joined, same[0], start, shape, advances))
+    return tuple(made)
 
 
 @lru_cache(maxsize=64)
 def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> Runs:
-    """Return the runs of a region, which heads that differ elsewhere may have in common."""
+    """Return the runs of a region; terms that differ elsewhere may have it in common."""
     found = staircases(term, queries, keys)
     # Where all of a text in order reads some keys, blocks join them with the triangle beside them.
     if found is not None and (found.step > 1 or len(queries) == 1 or (found.first >= 0).all()):
@@ -130,6 +147,12 @@ def _part(
     )
     causal = bool(joined.kind[sample] == CAUSAL)
     return Part(query, key, shape, joined.masks[joined.look[sample]], causal, fresh=False)
+
+
+def _scattered_part(region: Region, found: Squares) -> Part:
+    query = Lattice(region.query + found.query, 1, found.rows, 0, found.advance)
+    key = Lattice(region.key, 1, found.columns, 0, 0, at=found.key)
+    return Part(query, key, (1, len(found.key)), found.allowed, found.causal, fresh=False)
 
 
 def _marked(made: list[Part]) -> tuple[Part, ...]:
@@ -164,16 +187,12 @@ def _meet(one: Part, other: Part) -> bool:
     """Say whether two parts whose first and last queries overlap may have queries in common."""
     if one.query.step != other.query.step or one.query.step == 1:
         return True
-    return bool(np.isin(_residues(one), _residues(other)).any())
+    return not _residues(one).isdisjoint(_residues(other))
 
 
-def _residues(part: Part) -> np.ndarray:
+def _residues(part: Part) -> set[int]:
     """Return the residues, modulo the step of its places, at which the queries of a part lie."""
-    side = part.query
-    begins = (
-        side.start + np.arange(part.shape[0])[:, None] * side.outer + np.arange(part.shape[1]) * side.inner
-    )
-    return begins % side.step
+    return set((part.query.begins(part.shape) % part.query.step).ravel().tolist())
 
 
 def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:

@@ -116,7 +116,7 @@ def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     others = np.concatenate([_by_row(full)[0], partial])
     # A triangle with blocks at its left belongs to a band and is cut into rows like the rest of it.
     rows, owner, depth = _by_row(triangle)
-    touching = np.isin(_address(rows, "start"), _address(others, "stop"))
+    touching = _among(_address(rows, "start"), _address(others, "stop"))
     in_band = np.zeros(len(triangle), dtype=bool)
     in_band[owner[touching]] = True
     cut = in_band[owner]
@@ -125,6 +125,12 @@ def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     corner["start"], corner["kind"] = before["stop"], MASKED
     corner["stop"] = corner["start"] + 1
     return triangle[~in_band], np.concatenate([others, before[depth > 0], corner])
+
+
+def _among(numbers: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    """Say which numbers are listed."""
+    listed = np.append(np.sort(listed), np.iinfo(np.int64).max)
+    return listed[np.searchsorted(listed, numbers)] == numbers
 
 
 def _address(stretches: np.ndarray, edge: str) -> np.ndarray:

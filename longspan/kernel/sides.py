@@ -57,7 +57,7 @@ def _without_triangles(part: Part) -> Iterator[Part]:
 def _small(part: Part, query: Lattice, key: Lattice, number: int, rows: int) -> Part:
     """Return the triangles on the diagonal of a large one, `number` of them with `rows` rows each."""
     lower, inner = np.tri(rows, dtype=bool), part.shape[1]
-    if inner == 1:
+    if inner == 1 and part.key.at is None:
         # One call takes the rectangles of the inner level.
         query, key = (replace(side, places=rows, inner=rows * side.step) for side in (query, key))
         return Part(query, key, (1, number), lower, causal=False, fresh=part.fresh)

@@ -140,9 +140,11 @@ def workspace(
     for part in parts:
         rows, columns = part.query.places, part.key.places
         most = heads * part.shape[1] * size
+        # Keys that lie anywhere are gathered.
+        copied = 0 if part.key.at is None else 2 * columns * width
         ahead, back = (
             min(most * numbers, max(limit, numbers * size))
-            for numbers in (rows * width, (rows + 2 * columns) * width)
+            for numbers in (rows * width + copied, (rows + 2 * columns) * width + copied)
         )
         # What the call before gave is held until this one is done, and merging takes a difference.
         forward.append(ahead * (2 if part.fresh else 3))
