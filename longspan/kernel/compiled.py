@@ -103,7 +103,9 @@ def _again(
     asked: dict[str, Any],
 ) -> tuple[Tensor | None, ...]:
     """Return gradients by running forward once more."""
-    with torch.enable_grad():
+    # An operation runs below autograd, which is let in again.
+    key = torch._C.DispatchKey.AutogradFunctionality
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch.enable_grad():
         leaves = [None if side is None else side.detach().requires_grad_() for side in given]
         changes = asked["changes"]
         asked = {**asked, "changes": Scores(changes.limit, changes.slopes, leaves[3])}
