@@ -148,7 +148,7 @@ def test_what_is_no_number_stays_with_what_reads_it(
 ):
     """With and without a look at the numbers; nothing waits for them while a graph is captured."""
     if capturing:
-        monkeypatch.setattr(flash, "_capturing", lambda side: True)
+        monkeypatch.setattr(flash, "capturing", lambda side: True)
     worst = math.inf if spoiled == "infinite value" else math.nan
     for pattern in (
         SlidingWindow(7),
@@ -175,7 +175,7 @@ def test_what_is_no_number_stays_with_what_reads_it(
 
 
 def test_a_captured_graph_is_never_waited_for(calls: list, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flash, "_capturing", lambda side: True)
+    monkeypatch.setattr(flash, "capturing", lambda side: True)
     waited = []
     for name in ("isfinite", "__bool__", "item"):
         waits = getattr(torch.Tensor, name)

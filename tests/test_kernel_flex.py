@@ -7,6 +7,7 @@ stand-in in its place that computes what the lists say and nothing else, with gr
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +15,11 @@ import oracle
 import pytest
 import torch
 from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
-from longspan.kernel import family, flex, reference
+from longspan.kernel import family, finite, flex, reference
 from longspan.pattern import (
     S2,
     Causal,
@@ -176,20 +178,63 @@ def test_changes_of_scores(pattern: Pattern, small: None, stand_in: None):
         compare(pattern, range(2, 97, 3), 97, changes)
 
 
-@pytest.mark.parametrize("spoiled", ["query", "key", "value", "output", "lse", "infinite value"])
+@pytest.mark.parametrize("capturing", [False, True], ids=["waiting", "capturing"])
+@pytest.mark.parametrize("spoiled", ["nothing", "query", "key", "value", "output", "lse", "infinite value"])
 @pytest.mark.parametrize("pattern", [SlidingWindow(7), *FEW[2:]], ids=str)
 def test_what_is_no_number_stays_with_what_reads_it(
-    pattern: Pattern, spoiled: str, small: None, stand_in: None
+    pattern: Pattern,
+    spoiled: str,
+    capturing: bool,
+    small: None,
+    stand_in: None,
+    monkeypatch: pytest.MonkeyPatch,
 ):
+    """While a graph is captured no number is waited for, and marks are attended to only where there are any."""
+    if capturing:
+        monkeypatch.setattr(finite, "capturing", lambda side: True)
     given = tensors(31, 31, torch.float64, torch.device("cpu"))
     into = [torch.ones_like(given[0]), torch.ones_like(given[0][..., 0])]
     worst = math.inf if spoiled == "infinite value" else math.nan
-    target = [*given, *into][["query", "key", "value", "output", "lse"].index(spoiled.split()[-1])]
-    for place in ((0, 1, 12), (1, 0, 30)):
+    target = [*given, *into][
+        ["query", "key", "value", "output", "lse", "nothing"].index(spoiled.split()[-1]) % 5
+    ]
+    for place in ((0, 1, 12), (1, 0, 30)) if spoiled != "nothing" else ():
         target[place] = worst
     truth = graded(reference, given, pattern, range(31), PLAIN, into)
     for one, right in zip(graded(flex, given, pattern, range(31), PLAIN, into), truth, strict=True):
         torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def test_a_captured_graph_is_never_waited_for(small: None, stand_in: None, monkeypatch: pytest.MonkeyPatch):
+    """Once the tensors that a pattern needs lie on the device, nothing is sent there or asked for."""
+    monkeypatch.setattr(finite, "capturing", lambda side: True)
+    pattern, changes = FEW[4], Scores(None, ALiBi().of(HEADS), None)
+    given = tensors(31, 31, torch.float64, torch.device("cpu"))
+    into = [torch.ones_like(given[0]), torch.ones_like(given[0][..., 0])]
+    graded(flex, given, pattern, range(31), changes, into)
+    with Waiting() as waiting:
+        graded(flex, given, pattern, range(31), changes, into)
+    assert waiting.asked == []
+    monkeypatch.setattr(finite, "capturing", lambda side: False)
+    with Waiting() as waiting:
+        graded(flex, given, pattern, range(31), changes, into)
+    assert set(waiting.asked) == {"_local_scalar_dense"}
+
+
+class Waiting(TorchDispatchMode):
+    """Records what would make a CUDA device be waited for: numbers read, and tensors made of Python's numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, given: Any = (), options: Any = None) -> Any:
+        name = operation.overloadpacket.__name__
+        # The stand-in looks at its own lists.
+        own = any(frame.name in ("listed", "blockwise") for frame in traceback.extract_stack(limit=12))
+        if name in ("_local_scalar_dense", "nonzero", "lift_fresh", "equal") and not own:
+            self.asked.append(name)
+        return operation(*given, **(options or {}))
 
 
 def test_a_query_that_reads_nothing_gets_nothing(small: None, stand_in: None):

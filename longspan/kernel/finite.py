@@ -1,7 +1,9 @@
 """Finite: what is no number stays with the pairs that are read, for kernels that multiply what is not read by 0.
 
 Such a kernel is run on tensors in which the rows that are not finite are 0, and NaN is written to all that read them.
-Which those are is found by attention over marks. Finite tensors pay for one sum forward and one backward.
+Which those are is found by attention over marks. Finite tensors pay for one sum forward and one backward, for which the
+device is waited for. While a CUDA graph is captured nothing can wait: there the rows are looked through and cleared in any
+case, and attention over marks is told by a number on the device whether there are any.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Output and log-sum-exp of query, key and value.
-Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Output and log-sum-exp of query, key and value; over marks, which are nothing but 0 where a number `gate` is 0.
+Attention = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(eq=False)
@@ -23,12 +25,14 @@ class _Record:
 
     Attributes:
         turned: attention with queries and keys exchanged.
+        quiet: no number on the device may be waited for.
         struck: queries whose output is NaN, or None for none.
         silent: queries that read nothing.
         rows: queries of which the gradient is NaN, or None for none.
     """
 
     turned: Attention
+    quiet: bool
     struck: Tensor | None = None
     silent: Tensor | None = None
     rows: Tensor | None = None
@@ -47,12 +51,13 @@ def contained(
         plain: the same pairs without changes of scores, for marks; it gets one key head for every head of its value.
         turned: `plain` with queries and keys exchanged, with as many key heads as query heads.
     """
-    record = _Record(turned)
+    record = _Record(turned, capturing(query))
     sides = _Enter.apply(query, key, value, record)
-    output, lse = act(*sides)
-    if not output.sum().isfinite():
+    if not record.quiet:
+        output, lse = act(*sides)
+    if record.quiet or not output.sum().isfinite():
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
-        if rows.any() or keys.any():
+        if record.quiet or rows.any() or keys.any():
             finite = (cleared(side, where) for side, where in zip(sides, (rows, keys, keys), strict=True))
             output, lse = act(*finite)
             record.struck = (rows | _readers(keys, query, plain)) & ~lse.isneginf()
@@ -103,15 +108,20 @@ class _Leave(torch.autograd.Function):
         # Nothing flows into a row that read nothing, whatever flows into its log-sum-exp.
         grad_lse = grad_lse.masked_fill(record.silent, 0.0)
         record.rows = None
-        if record.struck is None and (grad_output.sum() + grad_lse.sum()).isfinite():
+        if record.struck is None and not record.quiet and (grad_output.sum() + grad_lse.sum()).isfinite():
             return grad_output, grad_lse, None
         rows = (spoiled(grad_output) | ~grad_lse.isfinite()) & ~record.silent
         rows = rows if record.struck is None else rows | record.struck
-        if rows.any():
+        if record.quiet or rows.any():
             record.rows = rows
         # A row that read nothing may be sent anything.
         rows = rows | record.silent
         return cleared(grad_output, rows), grad_lse.masked_fill(rows, 0.0), None
+
+
+def capturing(side: Tensor) -> bool:
+    """Say whether a CUDA graph is being captured, in which nothing can be decided by numbers on the device."""
+    return side.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def spoiled(side: Tensor) -> Tensor:
@@ -129,7 +139,7 @@ def _readers(keys: Tensor, query: Tensor, plain: Attention) -> Tensor:
     """Return which queries read a key that is marked: the mean of the marks they read is above 0."""
     marks = keys.to(torch.float32).unsqueeze(-1)
     alike = torch.zeros(*query.shape[:-1], 1, device=query.device)
-    return plain(alike, torch.zeros_like(marks), marks)[0].squeeze(-1) > 0
+    return plain(alike, torch.zeros_like(marks), marks, gate=keys.any())[0].squeeze(-1) > 0
 
 
 @torch.no_grad()
@@ -137,4 +147,4 @@ def _read(rows: Tensor, keys: int, turned: Attention) -> Tensor:
     """Return which keys are read by a query that is marked, on each query head."""
     marks = rows.to(torch.float32).unsqueeze(-1)
     alike = torch.zeros(*rows.shape[:2], keys, 1, device=rows.device)
-    return turned(alike, torch.zeros_like(marks), marks)[0].squeeze(-1) > 0
+    return turned(alike, torch.zeros_like(marks), marks, gate=rows.any())[0].squeeze(-1) > 0

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from longspan.kernel.band import Band
 from longspan.kernel.bands import BandGroup
-from longspan.kernel.finite import cleared, spoiled
+from longspan.kernel.finite import capturing, cleared, spoiled
 from longspan.kernel.merge import merge, merge_into
 from longspan.kernel.rows import alike, sinks_gradient, widened, with_lse_gradient, with_sinks
 from longspan.kernel.views import View, served, split, views
@@ -181,7 +181,7 @@ def _taken(*sides: Tensor) -> tuple[Tensor, ...]:
 
 def _contained(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
-    if not _capturing(query):
+    if not capturing(query):
         output, lse = _merged(query, key, value, work)
         if output.sum(dtype=lse.dtype).isfinite():
             return output, lse
@@ -196,7 +196,7 @@ def _contained_gradients(
 ) -> list[Tensor]:
     """Return the gradients, NaN for the rows that are not finite and for the keys that they read, and only there."""
     sides = (query, key, value, grad_output, output)
-    if not _capturing(query):
+    if not capturing(query):
         grads = _accumulated(*sides, lse, work)
         if sum(grad.sum(dtype=lse.dtype) for grad in grads).isfinite():
             return grads
@@ -212,11 +212,6 @@ def _contained_gradients(
         grad.masked_fill(where.unsqueeze(-1), torch.nan)
         for grad, where in zip(grads, (rows, struck, struck), strict=True)
     ]
-
-
-def _capturing(side: Tensor) -> bool:
-    """Say whether a CUDA graph is being captured, in which nothing can be decided by numbers."""
-    return side.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _readers(keys: Tensor, rows: Tensor, work: Work) -> Tensor:

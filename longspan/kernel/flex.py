@@ -116,22 +116,38 @@ def _attend(
     scale: float = 1.0,
     limit: float | None = None,
     slopes: tuple[float, ...] | None = None,
+    gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over all groups of heads."""
+    """Return output and log-sum-exp over all groups of heads; nothing is read where `gate` is false."""
     exact = torch.promote_types(query.dtype, torch.float32)
-    steep = None if slopes is None else torch.tensor(slopes, dtype=exact, device=query.device)
     made, order = [], []
     for group in groups(pattern, query.shape[1], queries, keys, query.device):
         sides = _of_heads(query, key, value, group.heads)
-        own = None if steep is None else steep[list(group.heads)]
+        own = (
+            None
+            if slopes is None
+            else _held(tuple(slopes[head] for head in group.heads), exact, query.device)
+        )
         made.append(
-            _merged([_part(call, sides, scale, limit, own) for call in group.calls] or [_nothing(sides)])
+            _merged(
+                [_part(call, sides, scale, limit, own, gate) for call in group.calls] or [_nothing(sides)]
+            )
         )
         order.extend(group.heads)
     if len(made) == 1:
         return made[0]
-    place = torch.argsort(torch.tensor(order)).to(query.device)
-    return tuple(torch.cat(side, dim=1)[:, place] for side in zip(*made, strict=True))
+    place = _places(sorted(range(len(order)), key=order.__getitem__), query.device)
+    return tuple(torch.cat(side, dim=1).index_select(1, place) for side in zip(*made, strict=True))
+
+
+@lru_cache(maxsize=256)
+def _held(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers on a device, to which they are sent once: sending waits, and cannot be captured."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def _places(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return _held(tuple(numbers), torch.int64, device)
 
 
 def _merged(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -162,11 +178,17 @@ def _of_heads(
     once = sorted(set(serving))
     shared = [head for head in once for _ in range(len(heads) // len(once))]
     taken = once if shared == serving else serving
-    return query[:, list(heads)], key[:, taken], value[:, taken]
+    own, shared = _places(heads, query.device), _places(taken, query.device)
+    return query.index_select(1, own), key.index_select(1, shared), value.index_select(1, shared)
 
 
 def _part(
-    call: Call, sides: Sequence[Tensor], scale: float, limit: float | None, slopes: Tensor | None
+    call: Call,
+    sides: Sequence[Tensor],
+    scale: float,
+    limit: float | None,
+    slopes: Tensor | None,
+    gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp of one call for all queries."""
     query, key, value = sides
@@ -187,7 +209,7 @@ def _part(
             )
         ]
     )
-    output, lse = _flex(call, taken, scale, limit, slopes)
+    output, lse = _flex(call, taken, scale, limit, slopes, gate)
     if not plain:
         output = _scattered(output, call, query.shape[0], 0.0)
         lse = _scattered(lse.unsqueeze(-1), call, query.shape[0], -torch.inf).squeeze(-1)
@@ -212,7 +234,12 @@ def _scattered(side: Tensor, call: Call, batch: int, nothing: float) -> Tensor:
 
 
 def _flex(
-    call: Call, sides: Sequence[Tensor], scale: float, limit: float | None, slopes: Tensor | None
+    call: Call,
+    sides: Sequence[Tensor],
+    scale: float,
+    limit: float | None,
+    slopes: Tensor | None,
+    gate: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Run one call on tensors that are laid out for it."""
     query, key, value = sides
@@ -221,6 +248,9 @@ def _flex(
     if call.family.classes:
         origins = tuple(rounded(side.repeat(times)) for side in call.origins)
         listed = tuple(part.repeat(times, *[1] * (part.dim() - 1)) for part in listed)
+    if gate is not None:
+        # Numbers of blocks stand before the blocks themselves.
+        listed = tuple(part * gate.to(part.dtype) if at % 2 == 0 else part for at, part in enumerate(listed))
     family = replace(call.family, limit=limit, sloped=slopes is not None)
     given = (query, key, value, listed, call.numbers, origins, call.tables, slopes)
     if query.device.type in DEFINED:
