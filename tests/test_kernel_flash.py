@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from flash_stand_in import flash_on_cpu
-from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, tensors
+from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
 
 from longspan import attend, plan
 from longspan.errors import PlanError
@@ -337,3 +337,56 @@ def test_cpu_is_refused_in_the_plan_too():
     with pytest.raises(PlanError) as raised:
         plan(Causal(), length=9, kernel="flash")
     assert "flash  runs on cuda, got cpu" in str(raised.value)
+
+
+# Where there is a CUDA device.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_keeps_to_the_formula(pattern: Pattern, dtype: torch.dtype):
+    for length in (97, 300):
+        check(pattern, tensors(length, length, dtype, torch.device("cuda"), width=16), "flash")
+
+
+@pytest.mark.parametrize("named", RANGES)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_queries_stand_where_they_are_said_to(named: str):
+    queries, keys = RANGES[named]
+    for pattern in (SlidingWindow(9), LongMixed(9), LongNet((8, 32), (1, 4)), Streaming(9)):
+        given = tensors(len(queries), keys, torch.bfloat16, torch.device("cuda"), width=16)
+        check(pattern, given, "flash", queries=queries)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_captures_a_graph():
+    """Replayed on other numbers, NaN among them, a graph gives what is given without one."""
+    for kernel in ("flash", "flex"):
+        given = [side.clone() for side in tensors(300, 300, torch.bfloat16, torch.device("cuda"), width=16)]
+        for _ in range(3):
+            attend(*given, LongMixed(64), kernel=kernel)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = attend(*given, LongMixed(64), kernel=kernel)
+        given[2].normal_()
+        given[2][0, 1, 7] = torch.nan
+        graph.replay()
+        truth = attend(*given, LongMixed(64), kernel=kernel)
+        torch.testing.assert_close(output, truth, equal_nan=True)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_takes_no_memory_beside_its_results():
+    length = 65_536
+    leaves = [
+        torch.randn(1, length, 8, 64, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    ]
+    sides = leaves[0].numel() * 2
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    attend(*leaves, SlidingWindow(512), kernel="flash").sum().backward()
+    # The output, its gradient, three gradients, and sums for the gradient of the query in float32.
+    assert torch.cuda.max_memory_allocated() - before < 8 * sides

@@ -19,7 +19,7 @@ from strategies import LENGTHS
 import longspan.pattern
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
-from longspan.kernel import flex, native, sdpa
+from longspan.kernel import flash, flex, native, sdpa
 from longspan.kernel import plan as plan_module
 from longspan.kernel.merge import merge
 from longspan.kernel.parts import parts
@@ -119,6 +119,11 @@ def check(pattern: Pattern, given: list[torch.Tensor], kernel: str, *, queries: 
     query, keys = given[0], given[1].shape[2]
     rows = query.shape[2]
     where = range(keys - rows, keys) if queries is None else queries
+    if kernel == "flash" and plan_module.flash_refusal(
+        pattern, query.shape[1], where, range(keys), asked=True
+    ):
+        # Not in bands; what is, is told apart in test_kernel_flash.py.
+        return
     often = counts(pattern, queries=where, keys=range(keys), heads=query.shape[1])
     scale = query.shape[-1] ** -0.5
     exact = [tensor.detach().double().cpu() for tensor in given]
@@ -153,13 +158,15 @@ def finest(kernel: str) -> torch.dtype:
 
 
 def able(kernel: str, device: torch.device, dtype: torch.dtype | None = None) -> None:
-    """Skip what a kernel cannot do; test_kernel_flex.py has the flex kernel on cpu, and in float32 on cuda."""
+    """Skip what a kernel cannot do; test_kernel_flex.py and test_kernel_flash.py have theirs on cpu and on cuda."""
     dtype = dtype or finest(kernel)
     probe = torch.zeros(1, 1, 1, 8, device=device, dtype=dtype, requires_grad=True)
     if kernel == "sdpa" and (why := sdpa.refusal(probe, Scores())):
         pytest.skip(f"sdpa {why}")
     if kernel == "native" and (why := native.refusal(probe, Scores(), asked=True)):
         pytest.skip(f"native {why}")
+    if kernel == "flash" and (why := flash.refusal(probe, probe, Scores())):
+        pytest.skip(f"flash {why}")
     if kernel == "flex" and (why := flex.refusal([probe], Causal(), Scores(), asked=True)):
         pytest.skip(f"flex {why}")
 
