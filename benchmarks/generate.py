@@ -5,7 +5,7 @@ constant size takes the same time for a token in the last part as in the second.
 that memory in use is each one's own; what a machine does beside changes the rates between cases and not their memory.
 
     python benchmarks/generate.py --json out/generate.json
-    python benchmarks/generate.py --tokens 4096 --window 1024
+    python benchmarks/generate.py --tokens 4096 --window 1024 --cases window,transformers-sliding
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from longspan.hf import load_model, reset, set_pattern
 from longspan.hf.cache import PatternCache
 from longspan.hf.stream import StreamCache
 
+_CASES = ("dense", "window", "window-int8", "sinks", "transformers-dense", "transformers-sliding")
 _SINKS = 4
 _STATM = Path("/proc/self/statm")
 _PAGE = 4096
@@ -55,12 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(
             f"A window is longer than {_SINKS} tokens, and there are two parts or more of a token or more."
         )
+    if unknown := set(options.cases) - set(_CASES):
+        sys.exit(f"There is no case {', '.join(sorted(unknown))}; there are {', '.join(_CASES)}.")
     try:
         model, _ = load_model(options.model, dtype=getattr(torch, options.dtype), device=options.device)
     except LongspanError as error:
         sys.exit(str(error))
     rows = []
-    for name in ("dense", "window", "sinks", "transformers, dense", "transformers, sliding"):
+    for name in options.cases:
         row = Row(name)
         _decode(model, row, options)
         rows.append(row)
@@ -90,6 +93,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keys that windows read, sinks included (default: 512)",
     )
     parser.add_argument("--parts", type=int, default=8, metavar="N", help="parts that are timed (default: 8)")
+    parser.add_argument(
+        "--cases",
+        type=lambda text: text.split(","),
+        default=_CASES,
+        metavar="NAMES",
+        help=f"what to measure, in this order (default: {','.join(_CASES)})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     return parser.parse_args(arguments)
 
@@ -108,10 +118,13 @@ def _cache(name: str, model: Any, window: int) -> Any:
         {
             "dense": Causal(),
             "window": SlidingWindow(window),
+            "window-int8": SlidingWindow(window),
             "sinks": Streaming(window - _SINKS, sinks=_SINKS),
         }[name],
     )
-    return StreamCache(model) if name == "sinks" else PatternCache(model)
+    if name == "sinks":
+        return StreamCache(model)
+    return PatternCache(model, storage="int8" if name == "window-int8" else None)
 
 
 def _decode(model: Any, row: Row, options: argparse.Namespace) -> None:

@@ -10,10 +10,10 @@ import torch
 from hf_models import FAMILIES, FULL, GEMMA2, WINDOW, model_of, padding, real_logits, tokens
 from transformers import DynamicCache
 
-from longspan.errors import LongspanError, PatternError, PlanError
+from longspan.errors import LongspanError, PatternError, PlanError, ShapeError
 from longspan.hf import segment
 from longspan.hf.attention import reset, set_pattern
-from longspan.hf.cache import PatternCache
+from longspan.hf.cache import PatternCache, pool_for
 from longspan.pattern import Causal, Chunk, LongMixed, PerHead, SlidingWindow, Streaming, Window
 
 LENGTH, NEW = 21, 8
@@ -107,6 +107,44 @@ def test_a_prompt_is_read_once_for_many_answers():
         found = generated(model, ids, None, do_sample=False, past_key_values=copy.deepcopy(cache))
         assert found.equal(generated(model, ids, None, do_sample=False, use_cache=False))
     assert cache.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize("pattern", [Causal(), LongMixed(8)], ids=str)
+def test_continuations_of_one_prompt_share_its_pages(pattern):
+    model = model_of(FULL["llama"], dtype=torch.float32)
+    set_pattern(model, pattern)
+    pool = pool_for(model, tokens=200, size=4)
+    everything, prompt = pool.free, tokens(2, LENGTH)
+    cache = PatternCache(model, storage=pool)
+    _grown(model, prompt, cache)
+    free, taken = pool.free, cache.nbytes
+    questions = [tokens(2, size).flip(1) for size in (5, 1, 8)]
+    branches = [cache.fork() for _ in questions]
+    assert pool.free == free
+    for question, branch in zip(questions, branches, strict=True):
+        ids = torch.cat([prompt, question], dim=1)
+        found = generated(model, ids, None, do_sample=False, past_key_values=branch)
+        assert found.equal(generated(model, ids, None, do_sample=False, use_cache=False))
+    # Every branch takes what it read itself and a copy of the last pages, and no more.
+    assert pool.free > free - len(branches) * taken // pool.page_bytes
+    assert cache.get_seq_length() == LENGTH and cache.nbytes == taken
+    for branch in branches:
+        branch.reset()
+    assert pool.free == free
+    cache.reset()
+    assert pool.free == everything
+
+
+def test_a_text_longer_than_the_pool_is_refused_and_the_cache_goes_on():
+    model = model_of(FULL["llama"])
+    set_pattern(model, Causal())
+    cache, ids = PatternCache(model, storage=pool_for(model, tokens=24, size=4)), tokens(1, 30)
+    _grown(model, ids[:, :10], cache)
+    with pytest.raises(ShapeError, match="The pool has no pages left for these tokens"):
+        _grown(model, ids[:, 10:], cache)
+    found = _grown(model, ids[:, 10:20], cache).logits
+    with torch.no_grad():
+        torch.testing.assert_close(found, model(ids[:, :20], use_cache=False).logits[:, 10:])
 
 
 def test_bytes_stay_once_the_window_is_full():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from longspan import cache as held
 from longspan.errors import PatternError, PlanError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules
 from longspan.hf.batch import Batch
+from longspan.hf.rope import head_width
 from longspan.pattern import Pattern
 from longspan.score import Score
 
@@ -33,7 +35,7 @@ class PatternCache(Cache):
         block: tokens that are taken in before dead keys are let go, at least 1.
         undo: tokens that can be taken back, which assisted decoding needs: how many are guessed at a time and one.
         storage: None for keys and values as they are; "int8" for eight bits, each number within 1 / 254 of the largest
-            in its token and head.
+            in its token and head; or a `Pool` of pages, such as `pool_for(model, tokens=...)`, which caches share.
 
     Raises:
         PatternError: a model without patterns, or one whose positions turn keys by the length of the text.
@@ -57,7 +59,7 @@ class PatternCache(Cache):
     """
 
     def __init__(
-        self, model: nn.Module, *, block: int = 64, undo: int = 0, storage: str | None = None
+        self, model: nn.Module, *, block: int = 64, undo: int = 0, storage: str | held.Pool | None = None
     ) -> None:
         modules = attention_modules(model)
         unset = [module for module in modules if not hasattr(module, NAME)]
@@ -84,6 +86,30 @@ class PatternCache(Cache):
         for layer in layers:
             layer.family = layers
         super().__init__(layers=layers)
+
+    def fork(self) -> PatternCache:
+        """Return a cache that has read the same text and goes its own way, to continue one prompt in several ways.
+
+        Keys and values are copied, and pages of a pool shared until they differ; `reset` gives them back at once.
+
+        Example:
+            >>> from longspan.hf import load_model, set_pattern
+            >>> from longspan.pattern import Causal
+            >>> model, tokenizer = load_model()
+            >>> set_pattern(model, Causal())
+            >>> pool = pool_for(model, tokens=200)
+            >>> prompt, free = PatternCache(model, storage=pool), pool.free
+            >>> with torch.no_grad():
+            ...     output = model(torch.arange(90)[None], past_key_values=prompt)
+            >>> branches = [prompt.fork() for _ in range(5)]
+            >>> free - pool.free == 4 * 4 * -(-90 // pool.size), branches[0].get_seq_length()
+            (True, 90)
+        """
+        other = copy.copy(self)
+        other.layers = [layer.fork() for layer in self.layers]
+        for layer in other.layers:
+            layer.family = other.layers
+        return other
 
     @property
     def nbytes(self) -> int:
@@ -163,9 +189,16 @@ class PatternLayer(CacheLayerMixin):
         kept = self.kept
         if kept is None:
             kept = held.Cache(pattern, heads=query.shape[1], key_heads=key.shape[1], **self.options)
-        output = kept.attend(
-            query, key, value, real=batch.real, start=batch.starts, scale=scale, scores=scores
-        )
+        try:
+            output = kept.attend(
+                query, key, value, real=batch.real, start=batch.starts, scale=scale, scores=scores
+            )
+        except BaseException:
+            for layer, state in self.family[0].before:
+                layer.__dict__.update(state)
+            raise
+        if self is self.family[-1]:
+            self.family[0].before = []
         self.kept, self.pattern = kept, pattern
         self.columns += key.shape[2]
         if batch.real is None:
@@ -176,11 +209,29 @@ class PatternLayer(CacheLayerMixin):
             self._full = int(full) + (self._full if full == key.shape[2] else 0)
         return output.transpose(1, 2).contiguous()
 
+    def _look_back(self, tokens: int, rows: int) -> list[tuple[PatternLayer, dict[str, Any]]]:
+        """Return what all layers hold, where the pool may run out between two of them; else nothing."""
+        pool, config = self.options.get("storage"), self.module().config
+        if not isinstance(pool, held.Pool):
+            return []
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        # A page more for each head, in place of one that others share.
+        if pool.free >= len(self.family) * rows * heads * (2 + tokens // pool.size):
+            return []
+        return [(layer, dict(layer.fork().__dict__, family=self.family, before=[])) for layer in self.family]
+
     def reset(self) -> None:
+        self.before: list[tuple[PatternLayer, dict[str, Any]]] = []
         self.kept: held.Cache | None = None
         self.pattern: Pattern | None = None
         self.columns, self._full = 0, 0
         self.found = True
+
+    def fork(self) -> PatternLayer:
+        """Return a layer that has read the same and goes its own way; its family is the caller's to say."""
+        other = copy.copy(self)
+        other.kept = self.kept and self.kept.fork()
+        return other
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -234,6 +285,7 @@ class PatternLayer(CacheLayerMixin):
                     )
                 if layer.columns != self.columns:
                     raise self._refuse("an earlier forward broke off between its layers", "cache.reset()")
+            self.before = self._look_back(tokens, batch.shape[0])
         if self.pattern not in (None, pattern):
             raise self._refuse("the model's own window changed", "PatternCache(model) for this model")
         if self.turned_anew is not None and self.columns:
@@ -248,6 +300,28 @@ class PatternLayer(CacheLayerMixin):
 
     def _refuse(self, reason: str, fix: str) -> PlanError:
         return PlanError(message("This cache cannot be read here.", {"why": reason}, fix=fix))
+
+
+def pool_for(model: nn.Module, *, tokens: int, size: int = 16) -> held.Pool:
+    """Return a pool of pages that holds the keys and values of so many tokens on every layer of a model.
+
+    Texts that share a beginning, and windows, need less; what one cache gives back another takes.
+
+    Args:
+        model: a decoder, wrapped or not.
+        tokens: of all rows and texts together, at least 1.
+        size: tokens of a page, at least 1.
+
+    Raises:
+        ShapeError: a number below 1.
+    """
+    modules = attention_modules(model)
+    config, weight = modules[0].config, next(modules[0].parameters())
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    pages = len(modules) * heads * -(-tokens // size) if size > 0 else 0
+    return held.Pool(
+        pages, size=size, width=head_width(config), dtype=weight.dtype, device=weight.device
+    )
 
 
 def _turned_anew(config: PretrainedConfig) -> tuple[bool, int] | None:

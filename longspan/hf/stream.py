@@ -247,6 +247,9 @@ class StreamLayer(PatternLayer):
     def check_crop(self, tokens_to_remove: int) -> None:
         raise _one_way(f"crop({tokens_to_remove})")
 
+    def fork(self) -> PatternLayer:
+        raise _one_way("a branch of it")
+
     def select(self, rows: Tensor) -> None:
         raise _one_way("other rows of the batch, as beams are")
 
