@@ -2,7 +2,8 @@
 
 Every case writes the same number of tokens, greedily and one at a time, and is looked at in equal parts: a cache of
 constant size takes the same time for a token in the last part as in the second. Cases run one after the other, so
-that memory in use is each one's own; what a machine does beside changes the rates between cases and not their memory.
+that memory in use is each one's own. Milliseconds per token are those of the processor where it does the work, which
+what else a machine does changes less than tokens per second.
 
     python benchmarks/generate.py --json out/generate.json
     python benchmarks/generate.py --tokens 4096 --window 1024 --cases window,transformers-sliding
@@ -40,10 +41,11 @@ _PAGE = 4096
 
 @dataclass
 class Row:
-    """What was measured of one case: seconds, bytes of the cache and of the process at the end of every part."""
+    """What was measured of one case: seconds, on the clock and of the processor, and bytes at the end of every part."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    busy_seconds: list[float] = field(default_factory=list)
     cache_bytes: list[int] = field(default_factory=list)
     memory_bytes: list[int] = field(default_factory=list)
 
@@ -136,12 +138,13 @@ def _decode(model: Any, row: Row, options: argparse.Namespace) -> None:
     with torch.inference_mode(), cache if isinstance(cache, StreamCache) else nullcontext():
         done = 0
         for part in range(1, options.parts + 1):
-            begin = _now(device)
+            begin, busy = _now(device), time.process_time()
             while done < options.tokens * part // options.parts:
                 # Positions are the cache's own count, so a sliding layer that lets keys go still counts them.
                 token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
                 done += 1
             row.seconds.append(_now(device) - begin)
+            row.busy_seconds.append(time.process_time() - busy)
             row.cache_bytes.append(_bytes(cache))
             row.memory_bytes.append(_memory(device))
     reset(model)
@@ -174,7 +177,8 @@ def _report(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
     ]
     measured = []
     for row in rows:
-        each = [seconds / size for seconds, size in zip(row.seconds, sizes, strict=True)]
+        spent = row.seconds if options.device.startswith("cuda") else row.busy_seconds
+        each = [seconds / size for seconds, size in zip(spent, sizes, strict=True)]
         measured.append(
             asdict(row)
             | {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from operator import mul
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from hf_models import FULL, model_of, tokens
 
 from longspan import Causal, LongMixed, SlidingWindow
 from longspan.errors import InputError, PatternError, PlanError
+from longspan.evaluate.stream import Stream
 from longspan.extend.recurrence import Carried, recurrence, recurrent_losses
-from longspan.hf import set_pattern
+from longspan.hf import PatternCache, set_pattern
+from longspan.pattern.expression import parse
 
 
 def pairs(pattern, length):
@@ -58,6 +62,21 @@ def test_segments_are_one_pass_with_a_pattern(family, pattern, segment, memory, 
     found = losses(model, ids, segment, memory)
     set_pattern(model, whole)
     torch.testing.assert_close(found, whole_losses(model, ids, segment), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [5, 16, 60])
+def test_reading_by_the_pattern_evaluates_segments(chunk):
+    """What `longspan read --pattern` does: the loss of segments, in pieces of any size and bounded memory."""
+    model, ids = model_of(FULL["llama"]), tokens(1, 200)
+    set_pattern(model, Causal())
+    found = losses(model, ids, 8, 8)
+    sizes = [8] * 24 + [7]
+    set_pattern(model, parse("Causal() & (Chunk(8) | Chunk(8, shift=8))"))
+    cache = PatternCache(model, block=8)
+    at = Stream(model, cache).read(ids[0].numpy(), chunk=chunk, checkpoints=1)[-1]
+    assert at.loss == pytest.approx(sum(map(mul, found, sizes)) / 199, rel=1e-6)
+    # Three layers, keys and values of two heads; the segment, the one before it, and a block.
+    assert cache.nbytes <= 3 * 2 * 2 * 8 * 8 * (8 + 8 + 8)
 
 
 def test_too_little_memory_for_a_window_is_seen():

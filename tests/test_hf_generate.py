@@ -229,17 +229,56 @@ def test_a_model_without_patterns_is_refused():
         _grown(model, tokens(1, 1), cache)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_turn_cached_keys_anew_are_refused(kind):
+def _changing(kind):
+    """Return a model whose angles change where a text grows longer than 16 tokens."""
     rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 16}
-    model = model_of(FULL["llama"], max_position_embeddings=16, rope_parameters=rope)
+    model = model_of(FULL["llama"], dtype=torch.float32, max_position_embeddings=16, rope_parameters=rope)
     set_pattern(model, Causal())
+    return model
+
+
+MESSAGES = {
+    "dynamic": (
+        "This cache ends where its model's angles change.\n"
+        "  asked  to read on to 17 tokens\n"
+        "  why    beyond 16 tokens dynamic NTK turns all keys by other angles, which change with every token\n"
+        "         later layers hold keys computed from what the old angles let earlier ones read\n"
+        "  try    yarn, linear or llama3 positions, which do not change; or use_cache=False for what dynamic NTK computes"
+    ),
+    "longrope": (
+        "This cache ends where its model's angles change.\n"
+        "  asked  to read on to 17 tokens\n"
+        "  why    beyond 16 tokens LongRoPE turns all keys by other angles, which change once\n"
+        "         later layers hold keys computed from what the old angles let earlier ones read\n"
+        "  try    cache.reset() and all 17 tokens in one forward, after which the cache goes on; or short_factor equal "
+        "to long_factor, which is what a text of that length is read with"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_positions_that_turn_cached_keys_anew_are_refused(kind):
+    model = _changing(kind)
     cache, ids = PatternCache(model), tokens(1, 17)
     _grown(model, ids[:, :16], cache)
-    with pytest.raises(LongspanError, match="turn all keys anew"):
+    with pytest.raises(PlanError) as caught:
         _grown(model, ids[:, 16:], cache)
+    assert str(caught.value) == MESSAGES[kind]
+    assert cache.get_seq_length() == 16
+
+
+def test_a_text_read_anew_where_longrope_changes_goes_on_as_recomputed():
+    model = _changing("longrope")
+    ids = tokens(2, 12)
+    wanted = generated(model, ids, None, do_sample=False, use_cache=False, max_new_tokens=14)
+    cache = PatternCache(model)
+    # The token after 16 is still chosen by the short factors.
+    for new in (5, 9):
+        cache.reset()
+        ids = generated(model, ids, None, do_sample=False, past_key_values=cache, max_new_tokens=new)
+    assert ids.equal(wanted)
 
 
 def test_capped_scores_are_those_of_recomputing():

@@ -34,7 +34,9 @@ def test_caches_are_bounded_or_grow(tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3 + len(rows)
 
 
-@pytest.mark.parametrize("options", [["--window", "4"], ["--tokens", "1"], ["--model", "no/such/folder"], ["--cases", "all"]])
+@pytest.mark.parametrize(
+    "options", [["--window", "4"], ["--tokens", "1"], ["--model", "no/such/folder"], ["--cases", "all"]]
+)
 def test_what_cannot_be_measured_is_said(options):
     with pytest.raises(SystemExit, match=r"There is no (model folder|case all)|A window is longer"):
         runpy.run_path(str(SCRIPT))["main"](options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import pairwise
 
 import pytest
@@ -88,3 +89,34 @@ def test_a_model_answers():
 def test_bad_input_is_refused(text, options, problem):
     with pytest.raises(InputError, match=problem):
         digest(llama(), byte_tokenizer(), text, "Q?", **options)
+
+
+def test_the_command_merges_until_one_answer_is_left(run, tmp_path):
+    """The model of the package itself, on a text of eight chunks."""
+    text, figures = tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text("def read(file):\n    return file\n" * 80)
+    options = ("--question", "What is read?", "--chunk", "340", "--overlap", "20", "--answer", "12")
+    code, out, err = run("digest", text, *options, "--json", figures)
+    assert code == 0, err
+    saved = json.loads(figures.read_text())
+    assert [len(answers) for answers in saved["rounds"]] == [8, 1]
+    assert saved["rounds"][-1] == [saved["answer"]] and saved["question"] == "What is read?"
+    assert "text.txt: 8, then 1 answers" in out and "What is read?" in out
+    assert err.splitlines()[0].startswith("round 1: 2,700 of 2,700 tokens")
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (("--chunk", "9"), "A chunk must hold two answers, or rounds would never end."),
+        (("--chunk", "340", "--overlap", "340"), "Chunks overlap by less than their size."),
+        (("--chunk", "600"), "The model cannot read a chunk, the question and its answer together."),
+        (("--model", "no/such/folder"), "There is no model folder at this path."),
+        (("--json", "figures.txt"), "A file of this kind cannot be written."),
+    ],
+)
+def test_the_command_refuses_with_one_message_and_code_2(run, tmp_path, options, problem):
+    text = tmp_path / "text.txt"
+    text.write_text("some text")
+    code, out, err = run("digest", text, *options)
+    assert (code, out) == (2, "") and err.startswith(problem) and "\n  try " in err

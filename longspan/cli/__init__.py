@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from longspan.cli.demo import command as demo_command
+from longspan.cli.digest import command as digest_command
 from longspan.cli.eval import command as eval_command
 from longspan.cli.extend import command as extend_command
 from longspan.cli.plan import command as plan_command
@@ -28,6 +29,7 @@ app.command("extend")(extend_command)
 app.command("eval")(eval_command)
 app.command("plan")(plan_command)
 app.command("read")(read_command)
+app.command("digest")(digest_command)
 app.command("show")(show_command)
 app.command("demo")(demo_command)
 

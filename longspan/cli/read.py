@@ -186,15 +186,14 @@ def encoded(tokenizer: Any, text: str, question: str | None) -> tuple[Any, list[
 
     from longspan.text.documents import Document
     from longspan.text.encoding import encode, opening
+    from longspan.text.prompt import asking
     from longspan.text.prompt import encoded as encoded_piece
 
     ids = encode([Document("text", text)], tokenizer).ids
     # The end token would tell the model that nothing follows.
     body = ids if tokenizer.eos_token_id is None else ids[:-1]
-    asked = "\n\nSummary:" if question is None else f"\n\nQuestion: {question}\nAnswer:"
-    return np.concatenate([np.array(opening(tokenizer), dtype=np.int64), body]), encoded_piece(
-        tokenizer, asked
-    )
+    whole = np.concatenate([np.array(opening(tokenizer), dtype=np.int64), body])
+    return whole, encoded_piece(tokenizer, asking(question))
 
 
 def ends_of(model: Any) -> list[int]:

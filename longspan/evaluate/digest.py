@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,10 @@ import numpy as np
 
 from longspan.errors import InputError, message
 from longspan.evaluate.forward import written
+from longspan.evaluate.stream import Progress
 from longspan.text.documents import Document
 from longspan.text.encoding import encode, opening
-from longspan.text.prompt import encoded
+from longspan.text.prompt import asking, encoded
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,12 @@ def digest(
     model: Any,
     tokenizer: Any,
     text: str,
-    question: str,
+    question: str | None,
     *,
     chunk: int | None = None,
     overlap: int = 0,
     budget: int = 64,
+    task: Callable[[str], Progress] | None = None,
 ) -> Digest:
     """Answer a question about a text that is longer than a model can read, and that it is not extended for.
 
@@ -50,10 +52,11 @@ def digest(
             what it writes.
         tokenizer: its tokenizer.
         text: what to read.
-        question: what to answer; it is asked after every chunk.
+        question: what to answer; it is asked after every chunk. None for a summary.
         chunk: tokens of text in a prompt, at least two answers long; None for what the model's context has room for.
         overlap: tokens at the end of a chunk that begin the next one too, 0 to less than `chunk`.
         budget: the most tokens of an answer, at least 1.
+        task: told the name of every round, returns what is told after every answer how many tokens are read.
 
     Raises:
         InputError: an empty text, sizes outside their ranges, or more than the model's context holds.
@@ -65,7 +68,7 @@ def digest(
         >>> [len(answers) for answers in found.rounds], found.rounds[-1] == (found.answer,)
         ([2, 1], True)
     """
-    first, asked = opening(tokenizer), encoded(tokenizer, f"\n\nQuestion: {question}\nAnswer:")
+    first, asked = opening(tokenizer), encoded(tokenizer, asking(question))
     line = encoded(tokenizer, "\n")
     context = getattr(model.config, "max_position_embeddings", None)
     around = len(first) + len(asked) + budget
@@ -80,7 +83,13 @@ def digest(
     while True:
         rows = [np.concatenate([first, part, asked]).astype(np.int64) for part in parts]
         # Answers are cut to tokens again below, as decoding and encoding may not give the same number.
-        found = [_clean(tokenizer, ids) for ids in written(model, rows, [budget] * len(rows))]
+        progress = task(f"round {len(rounds) + 1}") if task is not None else None
+        found, done, total = [], 0, sum(map(len, parts))
+        for part, answer in zip(parts, written(model, rows, [budget] * len(rows)), strict=True):
+            found.append(_clean(tokenizer, answer))
+            done += len(part)
+            if progress is not None:
+                progress(done, total)
         rounds.append(tuple(found))
         if len(found) == 1:
             return Digest(found[0], tuple(rounds))

@@ -28,7 +28,9 @@ def recurrent_losses(model: Any, ids: Tensor, *, segment: int, memory: int) -> I
     tokens, that is the window itself, whatever the segments. Gradients are those of that one pass with all keys and
     values of earlier segments taken for constants.
 
-    Memory and work per segment are constant, for training as for evaluation: use `torch.no_grad()` for the latter.
+    Memory and work per segment are constant, for training as for evaluation: use `torch.no_grad()` for the latter, or
+    read by that pattern, which gives the same losses: `longspan read --pattern "Causal() & (Chunk(512) | Chunk(512,
+    shift=512))"`.
 
     Args:
         model: a causal language model of transformers with patterns set, `Causal()` for plain Transformer-XL.

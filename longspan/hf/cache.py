@@ -38,9 +38,11 @@ class PatternCache(Cache):
             in its token and head; or a `Pool` of pages, such as `pool_for(model, tokens=...)`, which caches share.
 
     Raises:
-        PatternError: a model without patterns, or one whose positions turn keys by the length of the text.
+        PatternError: a model without patterns.
         ShapeError: an option outside its range. By the model's forward: another model, patterns that were changed, a
             mask or batch that does not continue what was read, keys that want a gradient.
+        PlanError: by the model's forward, where angles change with the length: beyond the trained length with dynamic
+            NTK, across it with LongRoPE. Only a text read anew then gives what the model computes.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -292,11 +294,7 @@ class PatternLayer(CacheLayerMixin):
             dynamic, trained = self.turned_anew
             longest = self.columns + tokens
             if longest > trained and (dynamic or min(self.kept.lengths) <= trained):
-                raise self._refuse(
-                    f"beyond {trained} tokens its rotary positions turn all keys anew, and what later layers "
-                    "computed from them",
-                    "use_cache=False, or positions that do not change with the length: yarn, linear, llama3",
-                )
+                raise _stale(dynamic, trained, longest)
 
     def _refuse(self, reason: str, fix: str) -> PlanError:
         return PlanError(message("This cache cannot be read here.", {"why": reason}, fix=fix))
@@ -319,8 +317,32 @@ def pool_for(model: nn.Module, *, tokens: int, size: int = 16) -> held.Pool:
     config, weight = modules[0].config, next(modules[0].parameters())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     pages = len(modules) * heads * -(-tokens // size) if size > 0 else 0
-    return held.Pool(
-        pages, size=size, width=head_width(config), dtype=weight.dtype, device=weight.device
+    return held.Pool(pages, size=size, width=head_width(config), dtype=weight.dtype, device=weight.device)
+
+
+def _stale(dynamic: bool, trained: int, longest: int) -> PlanError:
+    """Return the error of keys that were computed with other angles than those of the length now."""
+    kind, when = ("dynamic NTK", "with every token") if dynamic else ("LongRoPE", "once")
+    fixes = [
+        f"yarn, linear or llama3 positions, which do not change; or use_cache=False for what {kind} computes"
+    ]
+    if not dynamic:
+        fixes = [
+            f"cache.reset() and all {longest} tokens in one forward, after which the cache goes on",
+            "short_factor equal to long_factor, which is what a text of that length is read with",
+        ]
+    return PlanError(
+        message(
+            "This cache ends where its model's angles change.",
+            {
+                "asked": f"to read on to {longest} tokens",
+                "why": [
+                    f"beyond {trained} tokens {kind} turns all keys by other angles, which change {when}",
+                    "later layers hold keys computed from what the old angles let earlier ones read",
+                ],
+            },
+            fix="; or ".join(fixes),
+        )
     )
 
 

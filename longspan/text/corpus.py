@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,10 +30,10 @@ class Corpus:
     starts: np.ndarray
 
     @classmethod
-    def from_ids(cls, documents: Iterable[list[int]], *, separator: int | None) -> Corpus:
+    def from_ids(cls, documents: Iterable[Sequence[int] | np.ndarray], *, separator: int | None) -> Corpus:
         """Join documents that are already token ids, with the separator after each unless it is None."""
-        closing = [] if separator is None else [separator]
-        parts = [np.asarray([*document, *closing], dtype=np.int64) for document in documents]
+        closing = np.array([] if separator is None else [separator], dtype=np.int64)
+        parts = [np.concatenate([np.asarray(document, dtype=np.int64), closing]) for document in documents]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), ends[:-1]]) if parts else ends
         ids = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)

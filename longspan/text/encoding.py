@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from typing import Any
+
+import numpy as np
 
 from longspan.text.corpus import Corpus
 from longspan.text.documents import Document
@@ -35,10 +36,17 @@ def encode(documents: Iterable[Document], tokenizer: Any) -> Corpus:
         >>> encode([Document("one", "abc"), Document("two", "d")], Letters()).ids.tolist()
         [1, 2, 3, 0, 4, 0]
     """
+    return Corpus.from_ids(
+        (_ids(document.text, tokenizer) for document in documents), separator=tokenizer.eos_token_id
+    )
+
+
+def _ids(text: str, tokenizer: Any) -> np.ndarray:
+    """Return the ids of a text, int64; a tokenizer holds far more of a token than its id, so piece by piece."""
     # A warning that a text is longer than the model's context would be true of every text here.
     options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    encoded = (tokenizer(list(_pieces(document.text)), **options)["input_ids"] for document in documents)
-    return Corpus.from_ids((list(chain(*pieces)) for pieces in encoded), separator=tokenizer.eos_token_id)
+    found = [np.asarray(tokenizer([piece], **options)["input_ids"][0], np.int64) for piece in _pieces(text)]
+    return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
 
 
 def opening(tokenizer: Any) -> list[int]:

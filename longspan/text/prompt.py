@@ -48,6 +48,11 @@ def encoded(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def asking(question: str | None) -> str:
+    """Return what is written after a text to have a question answered, or the text summed up."""
+    return "\n\nSummary:" if question is None else f"\n\nQuestion: {question}\nAnswer:"
+
+
 def budget(tokenizer: Any, answers: Sequence[str]) -> int:
     """Return how many tokens a model may write: half as many again as the answers take, between commas."""
     return int(_SLACK * len(encoded(tokenizer, " " + ", ".join(answers))) + 1)

@@ -1,0 +1,99 @@
+"""`longspan digest`: a long text chunk by chunk through a model that is not extended, and an answer from the answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from longspan.cli.eval import check_output
+from longspan.cli.read import check_file, save
+
+
+def command(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="The text, UTF-8.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Folder or Hugging Face id; without it, the default model.",
+            show_default=False,
+        ),
+    ] = None,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What to answer from every chunk and at the end.", show_default="a summary"
+        ),
+    ] = None,
+    chunk: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help="Tokens of text at a time.", show_default="what the model has room for"
+        ),
+    ] = None,
+    overlap: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Tokens of a chunk that the next one begins with.")
+    ] = 0,
+    answer: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 64,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
+        ),
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all answers here.", show_default=False)
+    ] = None,
+) -> None:
+    """Answer a question about a text that is longer than a model reads, for models that are not extended.
+
+    The model answers from each chunk alone; answers are joined, as many as fit into a chunk, and it answers again
+    from those, until there is one. What no single chunk tells is not found so.
+
+    Example: longspan digest novel.txt --question "Who is the hero?" --overlap 32
+    """
+    # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
+    from rich.console import Console
+
+    from longspan.cli.device import device as device_named
+    from longspan.cli.progress import Progress
+    from longspan.evaluate.digest import digest
+    from longspan.hf.model import load_model
+    from longspan.text.documents import documents
+
+    place = device_named(device)
+    check_output(json, (".json",))
+    check_file(file)
+    text = documents(file)[0].text
+    loaded, tokenizer = load_model(model, device=place)
+    with Progress() as progress:
+        found = digest(
+            loaded,
+            tokenizer,
+            text,
+            question,
+            chunk=chunk,
+            overlap=overlap,
+            budget=answer,
+            task=progress.task,
+        )
+    console = Console()
+    counts = ", then ".join(f"{len(answers):,}" for answers in found.rounds)
+    console.print(f"{Path(file).name}: {counts} answers", highlight=False, markup=False)
+    console.print(question or "Summary", style="bold", highlight=False, markup=False)
+    console.print(found.answer or "(nothing)", highlight=False, markup=False)
+    if json is not None:
+        save(
+            {
+                "file": file,
+                "model": model or "default",
+                "question": question,
+                "overlap": overlap,
+                "rounds": [list(answers) for answers in found.rounds],
+                "answer": found.answer,
+            },
+            json,
+        )
+        console.print(f"figures in {json}", highlight=False, markup=False, soft_wrap=True)
