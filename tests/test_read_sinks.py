@@ -15,19 +15,20 @@ from longspan.hf import load_model, reset, set_pattern
 from longspan.hf.cache import PatternCache
 from longspan.hf.stream import StreamCache
 from longspan.text.documents import standard_library
-from longspan.text.encoding import encode
+from longspan.text.encoding import encode, opening
 
 CONTEXT = 512
+SINKS = 4
 # Tokens that a recomputed window predicts: each sees half as many keys as a streaming window holds, or more.
 STRIDE = 256
 
 
 def recomputed(model, ids):
-    """Perplexity with windows of 512 tokens, each computed anew, of all tokens after the first context."""
+    """Perplexity with the first four tokens and the last 508, each window computed anew, after the first context."""
     ends = range(CONTEXT + STRIDE, len(ids) + 1, STRIDE)
     loss = 0.0
     for end in ends:
-        row = torch.from_numpy(ids[end - CONTEXT : end])[None]
+        row = torch.from_numpy(np.concatenate([ids[:SINKS], ids[end - CONTEXT + SINKS : end]]))[None]
         with torch.no_grad():
             logits = model(row, use_cache=False).logits[0, -STRIDE - 1 : -1]
         loss += F.cross_entropy(logits, row[0, -STRIDE:], reduction="sum").item()
@@ -48,12 +49,13 @@ def streamed(model, ids, cache):
 def perplexities():
     model, tokenizer = load_model()
     texts = [document for document in standard_library() if len(document.text) > 12 * CONTEXT]
-    ids = encode(texts[:1], tokenizer).ids[: 10 * CONTEXT].astype(np.int64)
+    text = encode(texts[:1], tokenizer).ids
+    ids = np.concatenate([opening(tokenizer), text])[: 10 * CONTEXT].astype(np.int64)
     found = {"recomputed": recomputed(model, ids)}
     for name, pattern, places in (
         ("window", SlidingWindow(CONTEXT), StreamCache),
-        ("four sinks", Streaming(CONTEXT - 4, sinks=4), StreamCache),
-        ("four sinks, places in the text", Streaming(CONTEXT - 4, sinks=4), PatternCache),
+        ("four sinks", Streaming(CONTEXT - SINKS, sinks=SINKS), StreamCache),
+        ("four sinks, places in the text", Streaming(CONTEXT - SINKS, sinks=SINKS), PatternCache),
     ):
         set_pattern(model, pattern)
         found[name] = streamed(model, ids, places(model))
@@ -66,6 +68,11 @@ def test_sinks_read_on_as_well_as_recomputation(perplexities):
     assert perplexities["four sinks"] < 1.05 * perplexities["recomputed"]
 
 
-def test_sinks_do_no_harm_to_a_model_that_does_not_rest_on_them(perplexities):
-    """Where a model rests on its first token, a window without it is a thousand times worse; this one does not."""
-    assert perplexities["four sinks"] < 1.02 * perplexities["window"]
+def test_a_window_without_sinks_fails(perplexities):
+    """The default model rests on its first token, as large models do, and loses its hold without it."""
+    assert perplexities["window"] > 2 * perplexities["four sinks"]
+
+
+def test_sinks_alone_do_not_make_a_model_read_further(perplexities):
+    """With places in the text the first token is soon further away than any that the model was trained at."""
+    assert perplexities["four sinks, places in the text"] > 1.5 * perplexities["four sinks"]
