@@ -171,3 +171,7 @@ def test_the_work_on_a_text_is_planned_once(monkeypatch: pytest.MonkeyPatch):
     for _ in range(3):
         attend(side, side, side, Causal() & Dilated(2))
     assert plan_module.head_groups.cache_info().misses == 1
+
+
+def test_a_dtype_of_torch_is_the_one_of_its_name():
+    assert plan(Causal(), length=9, dtype=torch.bfloat16) is plan(Causal(), length=9, dtype="bfloat16")

@@ -206,7 +206,7 @@ def plan(
     queries: range | None = None,
     heads: int = 1,
     width: int = 64,
-    dtype: str = "float32",
+    dtype: torch.dtype | str = "float32",
     kernel: str | None = None,
     device: str = "cpu",
 ) -> Plan:
@@ -221,7 +221,7 @@ def plan(
         queries: positions of the queries; None for those of the keys.
         heads: number of query heads.
         width: numbers in a head's query.
-        dtype: "float64", "float32", "bfloat16" or "float16".
+        dtype: float64, float32, bfloat16 or float16, of torch or by name.
         kernel: "native", "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run.
         device: "cpu" or "cuda"; the device need not be there.
 
@@ -253,6 +253,7 @@ def plan(
             60 x masked 128 queries by 640 keys, 80% of it read
     """
     queries, keys = extent(length, queries)
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in _BYTES:
         raise ShapeError(
             message("There is no such dtype here.", {"asked": dtype}, fix=f"one of {', '.join(_BYTES)}")
