@@ -104,7 +104,8 @@ class PatternCache(Cache):
             >>> with torch.no_grad():
             ...     output = model(torch.arange(90)[None], past_key_values=prompt)
             >>> branches = [prompt.fork() for _ in range(5)]
-            >>> free - pool.free == 4 * 4 * -(-90 // pool.size), branches[0].get_seq_length()
+            >>> lists = model.config.num_hidden_layers * model.config.num_key_value_heads
+            >>> free - pool.free == lists * -(-90 // pool.size), branches[0].get_seq_length()
             (True, 90)
         """
         other = copy.copy(self)
