@@ -55,7 +55,9 @@ def test_parameters_are_counted_exactly(method):
 
 def test_a_large_model_is_read_from_its_configuration():
     """8.03 billion parameters; keys and values of 131,072 tokens are 16 GiB in bfloat16."""
-    forecast = Forecast(LARGE, Recipe(length=131072, method="lora", activations="recomputed"), machine())
+    forecast = Forecast(
+        LARGE, Recipe(length=131072, window=131072, method="lora", activations="recomputed"), machine()
+    )
     assert forecast.memory.parameters == 8_030_261_248
     assert forecast.cache == 16 * 2**30
     # Two matrix products a parameter and token, forward, for gradients, and again, and attention beside them.
@@ -74,7 +76,7 @@ def test_advice_goes_by_factor_and_length():
 
 def test_recomputing_takes_less_and_more_ranks_share_a_window():
     kept, recomputed = (
-        Forecast(MIDDLING, Recipe(length=65536, activations=activations), machine(memory=30e9))
+        Forecast(MIDDLING, Recipe(length=65536, window=65536, activations=activations), machine(memory=30e9))
         for activations in ("kept", "recomputed")
     )
     assert recomputed.memory.activations < kept.memory.activations
@@ -84,13 +86,13 @@ def test_recomputing_takes_less_and_more_ranks_share_a_window():
 
 def test_what_does_not_fit_is_refused_with_what_would():
     with pytest.raises(InputError) as refused:
-        Forecast(MIDDLING, Recipe(length=65536), machine(memory=36e9)).require()
+        Forecast(MIDDLING, Recipe(length=65536, window=65536), machine(memory=36e9)).require()
     lines = str(refused.value).splitlines()
     assert lines[0] == "This recipe does not fit into memory."
     assert lines[1].startswith("  needs     memory ") and lines[2] == "  there is  36.0 GB"
     assert lines[3] == "  try       --activations recomputed"
     with pytest.raises(InputError, match="a smaller model"):
-        Forecast(MIDDLING, Recipe(length=65536), machine(memory=1e9)).require()
+        Forecast(MIDDLING, Recipe(length=65536, window=65536), machine(memory=1e9)).require()
 
 
 PEAKS = r"""

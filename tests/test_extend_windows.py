@@ -18,6 +18,18 @@ from longspan.text.corpus import Corpus
 CORPUS = Corpus.from_ids([list(range(1, 200))] * 10, separator=256)
 
 
+def test_windows_of_long_lengths_are_a_quarter_unless_positions_must_count():
+    windows = {length: Recipe(length=length).window for length in (512, 4096, 5000, 16384, 32768)}
+    assert windows == {512: 512, 4096: 4096, 5000: 4096, 16384: 4096, 32768: 8192}
+    for options in (
+        {"positions": "counted"},
+        {"documents": "packed"},
+        {"sequence_ranks": 2},
+        {"window": 32768},
+    ):
+        assert Recipe(length=32768, **options).window == 32768
+
+
 def windows(**options) -> TrainingWindows:
     recipe = Recipe(**{"steps": 8, "passkeys": 0.0} | options)
     return TrainingWindows(CORPUS, byte_tokenizer(), recipe, heads=4)

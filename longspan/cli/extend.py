@@ -65,7 +65,7 @@ def command(
         typer.Option(
             metavar="N",
             help="Tokens of a training window.",
-            show_default="the length",
+            show_default="the length up to 4,096, a quarter of longer ones",
         ),
     ] = None,
     stages: Annotated[

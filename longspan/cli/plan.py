@@ -55,7 +55,9 @@ def command(
         f"{model or 'the default model'}: {first.memory.parameters:,} parameters, reads {reads:,} tokens, "
         f"shall read {recipe.length:,}: {recipe.length / reads:g} times as many"
     )
-    typer.echo(f"{'training':<22}{'trained':>16}{'memory':>14}{'devices/window':>16}{'time':>12}")
+    typer.echo(
+        f"{f'windows of {recipe.window:,}':<22}{'trained':>16}{'memory':>14}{'devices/window':>16}{'time':>12}"
+    )
     for each in forecasts:
         name = f"{each.recipe.method}, {each.recipe.activations}"
         ranks = "too large" if each.ranks is None else str(each.ranks)

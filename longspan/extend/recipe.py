@@ -16,6 +16,9 @@ METHODS = ("full", "lora", "lora+", "qlora")
 _RATES = {"full": 2e-5}
 _RATE = 1.5e-3
 
+# The longest window that is whole unless told otherwise.
+_WHOLE = 4096
+
 _CHOICES = {
     "method": METHODS,
     "documents": ("joined", "packed"),
@@ -55,7 +58,8 @@ class Recipe:
             quarter of the window. Several, with ";" between them, are one for each layer.
         method: which weights are trained. "full": all; "lora": small matrices beside the projections of attention;
             "lora+": those, and embeddings and norms whole (LongLoRA); "qlora": "lora" beside weights of 4 bits.
-        window: tokens of a training window, None for `length`.
+        window: tokens of a training window. None is `length` up to 4,096, and a quarter of a longer one but no fewer,
+            where positions skip; it is `length` where they cannot, or where processes share each window.
         stages: parts of the training, of equally many steps; the last has windows of full size, and every one
             before half of the next.
         positions: what happens in windows shorter than `length`. "skipping": positions jump once, so that a window
@@ -83,6 +87,8 @@ class Recipe:
         ('Streaming(320, sinks=256)',)
         >>> Recipe(length=1024, stages=3).windows
         (256, 512, 1024)
+        >>> Recipe(length=32768).window, Recipe(length=32768, positions="counted").window
+        (8192, 32768)
 
     References:
         Chen et al., LongLoRA (arXiv 2309.12307), section 3.3: LoRA on the attention, embeddings and norms whole (its
@@ -122,7 +128,7 @@ class Recipe:
         if self.rate is None:
             object.__setattr__(self, "rate", _RATES.get(self.method, _RATE))
         if self.window is None:
-            object.__setattr__(self, "window", self.length)
+            object.__setattr__(self, "window", self._usual_window())
         for name, known in _CHOICES.items():
             _check_choice(name, getattr(self, name), known)
         for name, least in _LEAST.items():
@@ -154,6 +160,10 @@ class Recipe:
                     fix="positions counted, or documents joined",
                 )
             )
+
+    def _usual_window(self) -> int:
+        skips = self.positions == "skipping" and self.documents == "joined" and self.sequence_ranks == 1
+        return max(_WHOLE, self.length // 4) if skips and self.length > _WHOLE else self.length
 
     @property
     def skips(self) -> bool:

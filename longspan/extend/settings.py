@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def write(recipe: Recipe, path: Path) -> None:
     versions = ", ".join(f"{name} {version(name) or 'not installed'}" for name in _PACKAGES)
     head = f"# {versions}\n# Repeat: longspan extend --config {path.name} --output FOLDER\n"
     values = asdict(recipe)
-    if recipe.window == recipe.length:
+    if recipe.window == replace(recipe, window=None).window:
         # It follows the length, also where the file is read with another one.
         values["window"] = None
     text = head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
