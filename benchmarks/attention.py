@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from listing import aligned, processor
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -230,7 +231,7 @@ def _report(rows: Sequence[Row], yardstick: str, rate: float, options: argparse.
                 heads = row.shape[1] / options.heads
                 entry[f"{side}_gain"] = heads * _typical(beside, options) / entry[side]
         measured.append(entry)
-    machine = _accelerator() if options.device.startswith("cuda") else _processor()
+    machine = _accelerator() if options.device.startswith("cuda") else processor()
     return {
         "machine": machine,
         "threads": torch.get_num_threads(),
@@ -252,17 +253,6 @@ def _accelerator() -> str:
     """Return the name and size of the CUDA device, and what drives it."""
     facts = torch.cuda.get_device_properties()
     return f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-
-
-def _processor() -> str:
-    """Return the name of the processor, as Linux tells it, or its kind."""
-    facts = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in _lines(facts) if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -301,18 +291,13 @@ def _table(report: dict[str, Any]) -> str:
                 f"{row[f'{side}_gain']:.1f} x",
             ]
         lines.append(tuple(line))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     described = (
         f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
         f"width {report['width']}, {report['times']}, {report['repeats']} rounds"
     )
     product = f"{report['product']}: {report['product_flops_per_second'] / 1e12:,.3g} TFLOP/s"
-    table = [
-        "  ".join([*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]).rstrip()
-        for line in lines
-    ]
     refused = [f"{row['name']}: {row['refused']}" for row in report["rows"] if row["refused"]]
-    return "\n".join([described, product, "", *table, *refused])
+    return "\n".join([described, product, "", *aligned(lines, left=2), *refused])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from listing import aligned, processor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -188,7 +189,7 @@ def _report(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
                 "last_to_second_part": each[-1] / each[1],
             }
         )
-    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else _processor()
+    machine = torch.cuda.get_device_name() if options.device.startswith("cuda") else processor()
     return {
         "machine": machine,
         "threads": torch.get_num_threads(),
@@ -202,14 +203,6 @@ def _report(rows: Sequence[Row], options: argparse.Namespace) -> dict[str, Any]:
         "parts": sizes,
         "rows": measured,
     }
-
-
-def _processor() -> str:
-    """Return the name of the processor, as Linux tells it, or its kind."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text().splitlines() if facts.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _table(report: dict[str, Any]) -> str:
@@ -227,16 +220,11 @@ def _table(report: dict[str, Any]) -> str:
                 f"{row['memory_bytes'][-1] / 1e6:,.0f} MB",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     described = (
         f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {report['dtype']}, "
         f"{report['tokens']:,} tokens written, windows of {report['window']:,}"
     )
-    table = [
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-        for line in lines
-    ]
-    return "\n".join([described, "", *table])
+    return "\n".join([described, "", *aligned(lines)])
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from listing import machine, page
+from listing import forget, machine, page
 from stream import generated, mixture, read
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -46,8 +46,6 @@ from longspan import (
     plan,
 )
 from longspan.derive.cost import cost
-from longspan.kernel import bands, family, parts
-from longspan.kernel import plan as plan_module
 from longspan.pattern import Pattern
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
@@ -301,8 +299,7 @@ class Bench:
         }
         times = []
         for _ in range(3):
-            for kept in _KEPT:
-                kept.cache_clear()
+            forget()
             begin = time.perf_counter()
             plan(pattern, length=length, **options)
             times.append(time.perf_counter() - begin)
@@ -360,14 +357,6 @@ TABLES = (
     "decoding",
     "poison",
     "sanitizer",
-)
-_KEPT = (
-    plan_module._plan,
-    plan_module.head_groups,
-    parts._laid_out,
-    bands.band_groups,
-    family.groups,
-    family._piece,
 )
 
 

@@ -1,8 +1,11 @@
-"""Tables of figures as Markdown, and the machine that they come from in words."""
+"""What benchmarks share: tables of figures, the machine that they come from in words, and a memory that is cleared."""
 
 from __future__ import annotations
 
 import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,38 @@ def machine(device: str) -> str:
     """Return what the figures were measured on."""
     facts = [f"torch {torch.__version__}", f"Python {platform.python_version()}"]
     if device == "cpu":
-        return ", ".join([platform.machine(), *facts])
+        return ", ".join([processor(), *facts])
     card = torch.cuda.get_device_properties()
     named = f"{card.name}, {card.total_memory / 2**30:.0f} GiB, {card.multi_processor_count} processors"
     return ", ".join([named, f"CUDA {torch.version.cuda}", *facts])
+
+
+def processor() -> str:
+    """Return the name of the processor, as Linux tells it, or its kind."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text().splitlines() if facts.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def forget() -> None:
+    """Clear whatever the functions of Longspan keep for the next call."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("longspan"):
+            for value in vars(module).values():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+
+def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """Return lines of cells as those of a table for the terminal, the first columns flush left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            [*map(str.ljust, line[:left], widths), *map(str.rjust, line[left:], widths[left:])]
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def page(report: dict[str, Any], titles: dict[str, str]) -> str:

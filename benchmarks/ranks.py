@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from listing import aligned
+
 from longspan import Causal, Chunk, Dilated, LongNet, SlidingWindow, Streaming
 from longspan.layout import contiguous, striped, zigzag
 from longspan.pattern import Pattern
@@ -139,12 +141,9 @@ def _table(report: dict[str, Any]) -> str:
                 f"{row['balance']:.2f}",
             )
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = []
-    for number, line in enumerate(lines):
-        table += ["", titles[number]] if number in titles else []
-        cells = [*map(str.ljust, line[:3], widths), *map(str.rjust, line[3:], widths[3:])]
-        table.append("  ".join(cells).rstrip())
+    for number, line in enumerate(aligned(lines, left=3)):
+        table += ["", titles[number], line] if number in titles else [line]
     described = (
         f"{report['heads']} heads on {report['key_heads']} key heads of width {report['width']}, {report['dtype']}, "
         f"blocks of {report['block']}, one forward pass of one layer"

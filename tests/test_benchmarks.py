@@ -12,14 +12,14 @@ import torch
 
 from longspan.errors import PlanError
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "attention.py"
+FOLDER = Path(__file__).parents[1] / "benchmarks"
 SMALL = ["--heads", "4", "--width", "8", "--repeats", "1"]
 
 
 @pytest.fixture
 def script() -> dict[str, Any]:
     """The names of the script, as its own functions see them."""
-    return runpy.run_path(str(SCRIPT))["main"].__globals__
+    return runpy.run_path(str(FOLDER / "attention.py"))["main"].__globals__
 
 
 def test_every_pattern_is_measured(
@@ -57,3 +57,14 @@ def test_what_no_kernel_can_run_is_said(
 def test_a_device_that_is_not_there_is_said(script: dict[str, Any]):
     with pytest.raises(SystemExit, match=r"There is no CUDA device here, so nothing was measured\."):
         script["main"](["--device", "cuda", *SMALL])
+
+
+def test_planning_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    script = runpy.run_path(str(FOLDER / "planning.py"))
+    report = tmp_path / "planning.json"
+    script["main"](["--lengths", "512", "--json", str(report)])
+    rows = json.loads(report.read_text())["rows"]
+    assert [row["pattern"] for row in rows] == list(map(str, script["patterns"](512)))
+    # What is kept is found again without any work, and what is forgotten is not.
+    assert all(row["again"] < row["cold"] for row in rows)
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
