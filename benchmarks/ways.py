@@ -57,6 +57,7 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
         margin=1.0,
         pattern="Causal()",
         stages=1,
+        positions="counted",
         batch=1,
         repeats=0.0,
         passkeys=0.0,
@@ -87,7 +88,7 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
             Cell("full, rate 3e-4", replace(plain, method="full", rate=3e-4)),
         ]
     if part == "skipping":
-        skips = replace(plain, window=context, batch=length // context)
+        skips = replace(plain, window=context, positions="skipping", batch=length // context)
         return [Cell("full length", plain), Cell("PoSE", skips)]
     # Segments that recur are what a leak can give away.
     repeating = replace(shorter, repeats=1.0)
