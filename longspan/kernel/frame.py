@@ -2,7 +2,7 @@
 
 Kernels multiply pairs that are not read by 0, and 0 times NaN is NaN. So where a result is not finite, the rows of the
 tensors that are not are set to 0 and the work is done again; then NaN is written to all that read them, which a
-pass of equal weights over the same parts finds out. Finite tensors pay for one sum over the result.
+pass of equal weights over the same parts finds out.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ class Frame:
     """A kernel made of its two sums.
 
     Attributes:
-        sums: output and log-sum-exp of query, key and value, in float32 at least; the output may be wider.
-        slopes: the gradients of query, key and value, which may be wider, given these, the gradient of the output, the
-            output, the log-sum-exp and its gradient.
+        sums: output and log-sum-exp of query, key and value, in float32 at least, and whether all is finite; the output
+            may be wider.
+        slopes: the gradients of query, key and value, which may be wider, and whether all is finite, given these, the
+            gradient of the output, the output, the log-sum-exp and its gradient.
         marks: the dtype in which the kernel counts who reads what.
     """
 
-    sums: Callable[..., tuple[Tensor, Tensor]]
-    slopes: Callable[..., list[Tensor]]
+    sums: Callable[..., tuple[Tensor, Tensor, bool]]
+    slopes: Callable[..., tuple[list[Tensor], bool]]
     marks: torch.dtype
 
     def attend(
@@ -96,13 +97,13 @@ class Frame:
 
     def _contained(self, query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
-        output, lse = self.sums(query, key, value, work)
-        if output.sum().isfinite():
+        output, lse, finite = self.sums(query, key, value, work)
+        if finite:
             return output, lse
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if not (rows.any() or keys.any()):
             return output, lse
-        output, lse = self.sums(cleared(query, rows), cleared(key, keys), cleared(value, keys), work)
+        output, lse, _ = self.sums(cleared(query, rows), cleared(key, keys), cleared(value, keys), work)
         struck = (rows | self._readers(keys, query, work)) & ~lse.isneginf()
         return output.masked_fill_(struck.unsqueeze(-1), torch.nan), lse.masked_fill_(struck, torch.nan)
 
@@ -120,8 +121,8 @@ class Frame:
         """Return the gradients, NaN for the rows that are not finite and for the keys that they read, and only
         there."""
         sides = (query, key, value, grad_output, output)
-        grads = self.slopes(*sides, lse, grad_lse, work)
-        if all(grad.sum().isfinite() for grad in grads):
+        grads, all_finite = self.slopes(*sides, lse, grad_lse, work)
+        if all_finite:
             return grads
         keys = spoiled(key) | spoiled(value)
         rows = spoiled(query) | spoiled(grad_output) | spoiled(output) | ~(lse + grad_lse).isfinite()
@@ -130,7 +131,7 @@ class Frame:
         rows |= self._readers(keys, query, work)
         taken_out = (rows, keys, keys, rows, rows)
         finite = (cleared(side, where) for side, where in zip(sides, taken_out, strict=True))
-        grads = self.slopes(*finite, lse.masked_fill(rows, 0.0), grad_lse.masked_fill(rows, 0.0), work)
+        grads, _ = self.slopes(*finite, lse.masked_fill(rows, 0.0), grad_lse.masked_fill(rows, 0.0), work)
         struck = self._read(rows, key, work)
         rows &= self._readers(torch.ones_like(keys), query, work)
         for grad, where in zip(grads, (rows, struck, struck), strict=True):
@@ -147,10 +148,11 @@ class Frame:
         """Return which keys are read by a query that is marked: their share of its marks is above 0."""
         marks = rows.to(self.marks).unsqueeze(-1)
         sides = torch.zeros_like(marks), *torch.zeros(2, *key.shape[:-1], 1, dtype=self.marks)
-        lse = self.sums(*sides, _plainly(work))[1]
+        _, lse, _ = self.sums(*sides, _plainly(work))
         lse = lse.masked_fill(lse.isneginf(), 0.0)
         nothing = torch.zeros_like(lse)
-        return self.slopes(*sides, marks, nothing.unsqueeze(-1), lse, nothing, _plainly(work))[2][..., 0] > 0
+        grads, _ = self.slopes(*sides, marks, nothing.unsqueeze(-1), lse, nothing, _plainly(work))
+        return grads[2][..., 0] > 0
 
 
 class _Attend(torch.autograd.Function):

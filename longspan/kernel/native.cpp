@@ -14,7 +14,9 @@
 #include <limits>
 #include <new>
 #include <thread>
+#include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -44,7 +46,6 @@ constexpr double LOG2E = 1.4426950408889634;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
-typedef float Four __attribute__((vector_size(16)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -257,6 +258,8 @@ struct Work {
     const Part* parts;
     int64_t batch, heads_read, heads_all, share, queries, keys, width, value_width, parts_number, brief, threads;
     int64_t splits;
+    // Set where a row of the output, or of the gradient of a query, is not finite.
+    mutable int64_t odd;
     float scale;
 };
 
@@ -332,20 +335,27 @@ struct Room {
     }
 };
 
-INLINE void transpose(const float* from, int64_t down, float* to, int64_t across) {
-    Four a, b, c, d;
-    std::memcpy(&a, from, 16);
-    std::memcpy(&b, from + down, 16);
-    std::memcpy(&c, from + 2 * down, 16);
-    std::memcpy(&d, from + 3 * down, 16);
-    const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
-    const Four AB = __builtin_shufflevector(a, b, 2, 6, 3, 7), CD = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    a = __builtin_shufflevector(ab, cd, 0, 1, 4, 5), b = __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
-    c = __builtin_shufflevector(AB, CD, 0, 1, 4, 5), d = __builtin_shufflevector(AB, CD, 2, 3, 6, 7);
-    std::memcpy(to, &a, 16);
-    std::memcpy(to + across, &b, 16);
-    std::memcpy(to + 2 * across, &c, 16);
-    std::memcpy(to + 3 * across, &d, 16);
+// Exchange, in a pair of rows that lie `H` apart, the lanes in which the upper row belongs to the lower one.
+template <int H, int... I>
+INLINE void exchange(Vector& upper, Vector& lower, std::integer_sequence<int, I...>) {
+    const Vector above = upper, below = lower;
+    upper = __builtin_shufflevector(above, below, (I & H ? LANES + I - H : I)...);
+    lower = __builtin_shufflevector(above, below, (I & H ? LANES + I : I + H)...);
+}
+
+template <int H>
+INLINE void exchanges(Vector (&rows)[LANES]) {
+    for (int r = 0; r < LANES; r++)
+        if (!(r & H)) exchange<H>(rows[r], rows[r + H], std::make_integer_sequence<int, LANES>{});
+    if constexpr (H > 1) exchanges<H / 2>(rows);
+}
+
+// Turn a square of numbers.
+__attribute__((noinline)) void transpose(const float* from, int64_t down, float* to, int64_t across) {
+    Vector rows[LANES];
+    for (int r = 0; r < LANES; r++) rows[r] = load(from + r * down);
+    exchanges<LANES / 2>(rows);
+    for (int r = 0; r < LANES; r++) store(to + r * across, rows[r]);
 }
 
 INLINE float number(float given) { return given; }
@@ -383,29 +393,26 @@ float dot(const float* one, const T* other, int64_t width) {
 
 // Turn ROWS rows into columns.
 void turn(const float* from, int64_t wide, float* to) {
-    for (int64_t r = 0; r < ROWS; r += 4)
-        for (int64_t i = 0; i < wide; i += 4) transpose(from + r * wide + i, wide, to + i * ROWS + r, ROWS);
+    for (int64_t r = 0; r < ROWS; r += LANES)
+        for (int64_t i = 0; i < wide; i += LANES) transpose(from + r * wide + i, wide, to + i * ROWS + r, ROWS);
 }
 
 void turn_back(const float* from, int64_t wide, float* to) {
-    for (int64_t i = 0; i < wide; i += 4)
-        for (int64_t r = 0; r < ROWS; r += 4) transpose(from + i * ROWS + r, ROWS, to + r * wide + i, wide);
+    for (int64_t i = 0; i < wide; i += LANES)
+        for (int64_t r = 0; r < ROWS; r += LANES) transpose(from + i * ROWS + r, ROWS, to + r * wide + i, wide);
 }
 
 int64_t whole(int64_t width) { return (width + STRIP - 1) / STRIP * STRIP; }
 
 // Some keys or values of a run as float32, where they lie if that is what they are.
-const float* keys_of(const Side& side, const float*, int64_t batch, int64_t head, const Run& run, int64_t place,
-                     int64_t, int64_t, float*, int64_t& next) {
+template <class T>
+const float* as_float(const Side& side, int64_t batch, int64_t head, const Run& run, int64_t place, int64_t number,
+                  int64_t width, float* room, int64_t& next) {
+    const T* from = row<T>(side, batch, head, run.key + place * run.step);
     next = side.row * run.step;
-    return row<float>(side, batch, head, run.key + place * run.step);
-}
-
-const float* keys_of(const Side& side, const uint16_t*, int64_t batch, int64_t head, const Run& run, int64_t place,
-                     int64_t number, int64_t width, float* room, int64_t& next) {
+    if constexpr (std::is_same_v<T, float>) return from;
+    gather(from, next, number, width, 1.0f, room, whole(width), number);
     next = whole(width);
-    gather(row<uint16_t>(side, batch, head, run.key + place * run.step), side.row * run.step, number, width, 1.0f,
-           room, next, number);
     return room;
 }
 
@@ -428,13 +435,20 @@ struct Live {
         }
     }
 
-    // Call with each group of strips side by side that read the same places.
+    // Call with each stretch of places that the same strips read, and with those strips, side by side.
     template <class Action>
     INLINE void each(Action action) const {
-        for (int from = 0, to; from < STRIPS; from = to) {
-            for (to = from + 1; to < STRIPS && to - from < ABREAST && low[to] == low[from] && high[to] == high[from];)
-                to++;
-            if (high[from] > low[from]) action(from, to - from, low[from], high[from]);
+        int64_t edges[2 * STRIPS];
+        for (int s = 0; s < STRIPS; s++) edges[2 * s] = low[s], edges[2 * s + 1] = high[s];
+        std::sort(edges, edges + 2 * STRIPS);
+        for (int edge = 1; edge < 2 * STRIPS; edge++) {
+            const int64_t first = edges[edge - 1], last = edges[edge];
+            if (first == last) continue;
+            auto reads = [&](int s) { return low[s] <= first && last <= high[s]; };
+            for (int from = 0, to; from < STRIPS; from = to) {
+                for (to = from + 1; reads(from) && to < STRIPS && to - from < ABREAST && reads(to);) to++;
+                if (reads(from)) action(from, to - from, first, last);
+            }
         }
     }
 };
@@ -472,6 +486,12 @@ INLINE void tiles(const Run& run, uint64_t present, int64_t first, int64_t numbe
     }
 }
 
+// Note that a difference of numbers and themselves is not 0.
+void report(const Work& work, Vector odd) {
+    for (int lane = 0; lane < LANES; lane++)
+        if (odd[lane] != 0.0f || std::isnan(odd[lane])) __atomic_store_n(&work.odd, 1, __ATOMIC_RELAXED);
+}
+
 template <class T>
 void forward_block(const Work& work, const Block& block, int64_t batch, int64_t head, Room& room) {
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
@@ -503,7 +523,7 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
         for (int64_t first = 0; first < run.columns; first += CHUNK) {
             const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
             int64_t key_next, value_next;
-            const float* key = keys_of(work.key, (const T*)nullptr, batch, key_head, run, first, number, width,
+            const float* key = as_float<T>(work.key, batch, key_head, run, first, number, width,
                                        key_room, key_next);
             Live live;
             for (int r = 0; r < ROWS; r++) most[r] = UNREAD;
@@ -534,24 +554,32 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
                 for (int lane = 0; lane < LANES; lane++) moved |= changed[lane];
             }
 
-            const float* value = keys_of(work.value, (const T*)nullptr, batch, key_head, run, first, number,
+            const float* value = as_float<T>(work.value, batch, key_head, run, first, number,
                                          value_width, value_room, value_next);
             live.each([&](int from, int strips, int64_t low, int64_t top) {
+                float* factors = rescale + from * STRIP;
                 for (int64_t i = 0; i < value_width; i += TALL)
                     tile<Weigh>((int)std::min<int64_t>(TALL, value_width - i), strips,
                                 value + low * value_next + i, value_next,
                                 (const float*)scores + low * ROWS + from * STRIP, top - low,
-                                moved ? (const float*)rescale + from * STRIP : (const float*)nullptr,
+                                moved ? (const float*)factors : (const float*)nullptr,
                                 output + i * ROWS + from * STRIP);
+                // Once for every chunk.
+                if (moved) std::fill(factors, factors + strips * STRIP, 1.0f);
             });
         }
 
+    Vector odd = {};
     for (int v = 0; v < ROWS; v += LANES) {
         const Vector sum = load(total + v);
         const Vector share = sum == 0.0f ? Vector{} : 1.0f / sum;
-        for (int64_t i = 0; i < value_width; i++)
-            store(output + i * ROWS + v, load(output + i * ROWS + v) * share);
+        for (int64_t i = 0; i < value_width; i++) {
+            const Vector mean = load(output + i * ROWS + v) * share;
+            store(output + i * ROWS + v, mean);
+            odd += mean - mean;
+        }
     }
+    report(work, odd);
     turn_back(output, value_wide, rows);
     for (int64_t r = 0; r < block.rows; r++) {
         std::memcpy(out + r * block.step * value_width, rows + r * value_wide, sizeof(float) * value_width);
@@ -595,9 +623,9 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
         for (int64_t first = 0; first < run.columns; first += CHUNK) {
             const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
             int64_t key_next, value_next;
-            const float* key = keys_of(work.key, (const T*)nullptr, batch, key_head, run, first, number, width,
+            const float* key = as_float<T>(work.key, batch, key_head, run, first, number, width,
                                        key_room, key_next);
-            const float* value = keys_of(work.value, (const T*)nullptr, batch, key_head, run, first, number,
+            const float* value = as_float<T>(work.value, batch, key_head, run, first, number,
                                          value_width, value_room, value_next);
             Live live;
             tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
@@ -627,6 +655,9 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
             });
         }
 
+    Vector odd = {};
+    for (int64_t i = 0; i < width * ROWS; i += LANES) odd += load(into + i) - load(into + i);
+    report(work, odd);
     turn_back(into, wide, rows);
     float* out = work.grad_query + at * width;
     for (int64_t r = 0; r < block.rows; r++)

@@ -131,6 +131,7 @@ class _Work(Structure):
         *((name, c_void_p) for name in ("heads", "parts")),
         *((name, c_int64) for name in ("batch", "heads_read", "heads_all", "share", "queries", "keys")),
         *((name, c_int64) for name in ("width", "value_width", "parts_number", "brief", "threads", "splits")),
+        ("odd", c_int64),
         ("scale", c_float),
     ]
 
@@ -196,12 +197,16 @@ def _run(
     *,
     splits: int = 1,
     **others: Tensor,
-) -> None:
-    """Call the library for every group of heads; `others` are contiguous float32 tensors that it reads or fills."""
+) -> bool:
+    """Call the library for every group of heads, and say whether all outputs or gradients of queries are finite.
+
+    `others` are contiguous float32 tensors that it reads or fills.
+    """
     query, key, value = sides[:3]
     assert _library is not None
+    finite = True
     if not query.numel() or not key.shape[2]:
-        return
+        return finite
     for members, parts in _joined(work.groups):
         table, _ = _table(parts)
         heads = (c_int64 * len(members))(*members)
@@ -229,15 +234,17 @@ def _run(
         )
         if getattr(_library, f"longspan_{direction}")(ctypes.byref(asked)):
             raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
+        finite &= not asked.odd
+    return finite
 
 
-def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over all parts, in float32."""
+def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
+    """Return output and log-sum-exp over all parts in float32, and whether they are finite."""
     query, key, value = map(_rowed, (query, key, value))
     output = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float32)
     lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32)
-    _run("forward", work, (query, key, value), output=output, lse=lse)
-    return output, lse
+    finite = _run("forward", work, (query, key, value), output=output, lse=lse)
+    return output, lse, finite
 
 
 def _slopes(
@@ -249,8 +256,11 @@ def _slopes(
     lse: Tensor,
     grad_lse: Tensor,
     work: Work,
-) -> list[Tensor]:
-    """Return the gradients of query, key and value in float32, those of key and value filled up to whole strips."""
+) -> tuple[list[Tensor], bool]:
+    """Return the gradients of query, key and value in float32, and whether they are finite.
+
+    Those of key and value are filled up to whole strips. What is not finite anywhere makes the gradient of a query so.
+    """
     sides = [_rowed(side) for side in (query, key, value, grad_output, output)]
     # Heads that share keys are done by one thread; where there are too few of them, each thread sums up its own.
     apart = max(1, query.shape[0] * key.shape[1])
@@ -260,7 +270,7 @@ def _slopes(
         for side in (key, value)
     ]
     into = torch.zeros(query.shape, dtype=torch.float32)
-    _run(
+    finite = _run(
         "backward",
         work,
         sides,
@@ -271,7 +281,7 @@ def _slopes(
         grad_key=grads[0],
         grad_value=grads[1],
     )
-    return [into, *(grad[0] if splits == 1 else grad.sum(dim=0) for grad in grads)]
+    return [into, *(grad[0] if splits == 1 else grad.sum(dim=0) for grad in grads)], finite
 
 
 _frame = Frame(_sums, _slopes, torch.float32)

@@ -44,8 +44,8 @@ def device_refusal(device: str) -> str:
     return f"runs on cpu, got {device}"
 
 
-def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over all parts."""
+def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
+    """Return output and log-sum-exp over all parts, and whether the sum of the outputs is finite."""
     query, key, value = alike(query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
     output = torch.zeros(query.shape, dtype=exact)
@@ -66,7 +66,7 @@ def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tens
             call.read(lse).copy_(part_lse)
         else:
             merge_into(call.read(output), call.read(lse), part_output, part_lse)
-    return output, lse
+    return output, lse, bool(output.sum().isfinite())
 
 
 def _accumulated(
@@ -78,8 +78,8 @@ def _accumulated(
     lse: Tensor,
     grad_lse: Tensor,
     work: Work,
-) -> list[Tensor]:
-    """Return the gradients of query, key and value, summed over what every part contributes."""
+) -> tuple[list[Tensor], bool]:
+    """Return the gradients of query, key and value over all parts, and whether their sums are finite."""
     sides = (query, key, value, grad_output, output)
     if grad_lse.count_nonzero():
         sides = with_lse_gradient(sides, grad_lse, LANES)
@@ -99,7 +99,7 @@ def _accumulated(
         call.read(grads[0]).add_(made[0])
         for whole, part in zip(grads[1:], made[1:], strict=True):
             call.give_back(whole, part)
-    return grads
+    return grads, all(bool(grad.sum().isfinite()) for grad in grads)
 
 
 def _calls(
