@@ -104,7 +104,7 @@ def _row(name: str, made: Plan) -> dict[str, Any]:
         "ranks": made.layout.ranks,
         "layout": made.layout.name,
         "strategy": made.strategy,
-        "blocks": made.traffic.blocks,
+        "blocks": made.blocks,
         "bytes": int(made.moved.sum()),
         "busiest_bytes": int(made.received.max()),
         "balance": made.balance,

@@ -60,7 +60,7 @@ class Traffic:
         """Return the places of `source` that the rank `step` after it, or any after that, needs; `step` from 1."""
         table, far = self._far
         chosen = table[(table["rank"] == source) & (far >= step)]
-        _, start, stop = _joined(chosen)
+        _, _, start, stop = _joined(chosen["rank"], chosen)
         return tuple(map(range, start.tolist(), stop.tolist()))
 
     @cached_property
@@ -124,25 +124,37 @@ def traffic(pattern: Pattern, layout: Layout, *, heads: int = 1, size: int = 128
         raise ShapeError(
             message("A block holds at least one place.", {"asked": f"size={size}"}, fix="size=128")
         )
-    table, pieces_held = _table(layout, size), _table(layout, max(1, layout.length))
+    table = _table(layout, size)
     # Whole pieces are looked at before their blocks.
-    owner = np.searchsorted(_order(pieces_held), _order(table))
+    pieces = _table(layout, max(1, layout.length))
+    first = np.searchsorted(_order(table), _order(pieces))
+    number = np.diff(np.append(first, len(table)))
     singles = dict.fromkeys(pattern.at_head(head, heads) for head in range(heads))
-    names = ["destination", "source", "start", "stop"]
-    found: list[list[np.ndarray]] = [[np.zeros(0, dtype=np.int64) for _ in names]]
-    for destination, pieces in enumerate(layout.shards):
-        needed = np.zeros(len(table), dtype=bool)
-        for single in singles:
-            for piece in pieces:
-                bracket = single.count(Progression.of(piece), _progression(pieces_held))
-                near = np.broadcast_to(~bracket.empty, len(pieces_held)) & (
-                    pieces_held["rank"] != destination
-                )
-                asked = np.flatnonzero(near[owner] & ~needed)
-                needed[asked] = _read(single, piece, table[asked], size)
-        runs = _joined(table[needed])
-        found.append([np.full(len(runs[0]), destination), *runs])
-    return Traffic(layout, size, *(np.concatenate(column) for column in zip(*found, strict=True)))
+    needed = np.zeros(0, dtype=np.int64)
+    abreast = max(1, _ABREAST // max(1, len(pieces)))
+    for single in singles:
+        found = [needed]
+        for begin in range(0, len(pieces), abreast):
+            asking = pieces[begin : begin + abreast]
+            bracket = single.count(_progression(asking[:, None]), _progression(pieces))
+            shape = (len(asking), len(pieces))
+            empty, full = (np.broadcast_to(some, shape) for some in (bracket.empty, bracket.full))
+            query, key = np.nonzero(~empty & (asking["rank"][:, None] != pieces["rank"]))
+            # Every block of the key piece, beside every query piece that may read of it.
+            times = number[key]
+            block = np.repeat(first[key] - np.cumsum(times) + times, times) + np.arange(times.sum())
+            settled, query = np.repeat(full[query, key], times), np.repeat(query, times)
+            pair = asking["rank"][query] * len(table) + block
+            unknown = np.flatnonzero(~settled)
+            if len(needed):
+                unknown = unknown[~np.isin(pair[unknown], needed)]
+            settled[unknown] = _read(single, asking[query[unknown]], table[block[unknown]], size)
+            found.append(pair[settled])
+        # Sorting is several times as fast as what `np.unique` does.
+        needed = np.sort(np.concatenate(found))
+        needed = needed[np.diff(needed, prepend=-1) > 0]
+    destination, block = np.divmod(needed, max(1, len(table)))
+    return Traffic(layout, size, *_joined(destination, table[block]))
 
 
 _BLOCK = np.dtype([(name, np.int64) for name in ("rank", "piece", "start", "stop", "low", "high", "step")])
@@ -173,37 +185,37 @@ def _progression(blocks: np.ndarray) -> Progression:
     return Progression(blocks["low"], blocks["high"], blocks["step"])
 
 
-def _read(pattern: Pattern, piece: range, keys: np.ndarray, size: int) -> np.ndarray:
-    """Say for each key block whether a query of the piece may read it, bool.
+def _read(pattern: Pattern, pieces: np.ndarray, keys: np.ndarray, size: int) -> np.ndarray:
+    """Say for each piece of queries and block of keys, side by side, whether a query of it may read one of them.
 
     Queries are taken all at once, then in halves, down to blocks: what is proven empty is dropped, what is proven
     full, or seen to hold a pair, is settled.
     """
     needed = np.zeros(len(keys), dtype=bool)
-    block = np.arange(len(keys))
-    first, last = np.zeros(len(keys), dtype=np.int64), np.full(len(keys), len(piece) - 1)
-    while len(block):
+    entry = np.arange(len(keys))
+    first, last = np.zeros(len(keys), dtype=np.int64), pieces["stop"] - pieces["start"] - 1
+    while len(entry):
         verdicts = [
-            _look(pattern, piece, keys[block[some]], first[some], last[some])
-            for some in (slice(begin, begin + _ABREAST) for begin in range(0, len(block), _ABREAST))
+            _look(pattern, pieces[entry[some]], keys[entry[some]], first[some], last[some])
+            for some in (slice(begin, begin + _ABREAST) for begin in range(0, len(entry), _ABREAST))
         ]
         empty, settled = (np.concatenate(parts) for parts in zip(*verdicts, strict=True))
-        needed[block[settled | (~empty & (last - first < size))]] = True
-        rest = ~empty & ~needed[block]
-        block, first, last = block[rest], first[rest], last[rest]
+        needed[entry[settled | (~empty & (last - first < size))]] = True
+        rest = ~empty & ~needed[entry]
+        entry, first, last = entry[rest], first[rest], last[rest]
         # Halves of whole blocks, so that all end on the same ones.
         middle = first + (last - first + size) // (2 * size) * size
-        block = np.concatenate([block, block])
+        entry = np.concatenate([entry, entry])
         first, last = np.concatenate([first, middle]), np.concatenate([middle - 1, last])
     return needed
 
 
 def _look(
-    pattern: Pattern, piece: range, keys: np.ndarray, first: np.ndarray, last: np.ndarray
+    pattern: Pattern, pieces: np.ndarray, keys: np.ndarray, first: np.ndarray, last: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Say which rectangles of queries and keys hold no pair for certain, and which hold one for certain."""
-    low, high = (piece.start + place * piece.step for place in (first, last))
-    q = Progression(low, high, np.where(last > first, piece.step, 0))
+    low, high = (pieces["low"] + place * pieces["step"] for place in (first, last))
+    q = Progression(low, high, np.where(last > first, pieces["step"], 0))
     bracket = pattern.count(q, _progression(keys))
     empty = np.broadcast_to(bracket.empty, first.shape)
     settled = np.broadcast_to(bracket.full, first.shape).copy()
@@ -219,17 +231,20 @@ def _look(
     return empty, settled
 
 
-def _joined(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Join neighbouring blocks of one piece: source, start and stop of each run."""
+def _joined(
+    destination: np.ndarray, blocks: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Join neighbouring blocks of one piece for one destination: destination, source, start and stop of each run."""
     starts = np.ones(len(blocks), dtype=bool)
     starts[1:] = (
-        (blocks["rank"][1:] != blocks["rank"][:-1])
+        (destination[1:] != destination[:-1])
+        | (blocks["rank"][1:] != blocks["rank"][:-1])
         | (blocks["piece"][1:] != blocks["piece"][:-1])
         | (blocks["start"][1:] != blocks["stop"][:-1])
     )
     first = np.flatnonzero(starts)
     last = np.append(first[1:], len(blocks))[: len(first)] - 1
-    return blocks["rank"][first], blocks["start"][first], blocks["stop"][last]
+    return destination[first], blocks["rank"][first], blocks["start"][first], blocks["stop"][last]
 
 
 def load(pattern: Pattern, layout: Layout, *, heads: int = 1) -> np.ndarray:

@@ -19,7 +19,7 @@ from longspan.errors import PlanError, message
 from longspan.layout import Layout
 from longspan.pattern import Pattern, PerHead
 from longspan.ring import rotation
-from longspan.ring.plan import STRATEGIES, Plan, plan, settled
+from longspan.ring.plan import STRATEGIES, Plan, cheapest, plan, settled
 from longspan.ring.ulysses import Return, Swap, repeated
 from longspan.score import Scores, collect
 
@@ -136,7 +136,7 @@ def settled_grid(
 
     def swapped(first: int) -> Plan:
         held = Layout(layout.name, layout.length, layout.shards[first : first + columns])
-        return Plan(pattern, held, *heads, widths, row, "ulysses", None)
+        return Plan(pattern, held, *heads, widths, row, "ulysses", None, pattern)
 
     rows = tuple(swapped(first) for first in range(0, layout.ranks, columns))
     joined = layout.rows(columns)
@@ -149,10 +149,7 @@ def settled_grid(
         alike = patterns[0] if len(set(patterns)) == 1 else PerHead(patterns)
         chosen = strategy
         if chosen is None:
-            able = settled(alike, joined, (len(mine), key_heads), widths, row, None)
-            chosen = able.strategy
-            if chosen == "ulysses":
-                chosen = min(COLUMN, key=able.busiest)
+            chosen = cheapest(settled(alike, joined, (len(mine), key_heads), widths, row, "exchange"))
         return settled(alike, joined, (len(mine), key_heads), widths, row, chosen)
 
     return Grid(layout, rows, tuple(column(number) for number in range(columns)))

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, reduce
+from operator import add
 
 import numpy as np
 
 from longspan.derive.cost import cost
+from longspan.derive.strand import strands
 from longspan.derive.traffic import Traffic, load, traffic
 from longspan.errors import PlanError, ShapeError, message
 from longspan.layout import Layout
-from longspan.pattern import Pattern
+from longspan.pattern import Nothing, Pattern, PerHead
 
 # In the order in which equal costs are decided.
 STRATEGIES = ("gather", "exchange", "ring", "ulysses")
 SIZE = 128
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _SHOWN = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Thread:
+    """Every so many-th token of the text, as some heads read them among themselves: a text of its own on the ranks.
+
+    Attributes:
+        heads, key_heads: the heads, and the key heads that equally many of them read each.
+        tokens: positions of the text.
+        plan: how attention among them is shared out.
+    """
+
+    heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+    tokens: range
+    plan: Plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +53,9 @@ class Plan:
         widths: numbers in a head's key, and in its value.
         row: bytes of one number, times the batch.
         strategy: "gather", "exchange", "ring" or "ulysses".
-        traffic: the key blocks that ranks need from one another.
+        traffic: the key blocks that ranks need from one another, but for those of the threads.
+        rest: what is read but for the threads.
+        threads: what only every so many-th token reads and is read by, where ranks need it of one another.
     """
 
     pattern: Pattern
@@ -45,6 +66,13 @@ class Plan:
     row: int
     strategy: str
     traffic: Traffic
+    rest: Pattern
+    threads: tuple[Thread, ...] = ()
+
+    @property
+    def blocks(self) -> int:
+        """Key blocks that ranks need from one another."""
+        return self.traffic.blocks + sum(thread.plan.blocks for thread in self.threads)
 
     @cached_property
     def moved(self) -> np.ndarray:
@@ -55,6 +83,9 @@ class Plan:
         """Return what `moved` would be under a strategy."""
         if strategy == "ulysses":
             return self.row * _swapped(self)
+        return self._rest(strategy) + sum(thread.plan.moved for thread in self.threads)
+
+    def _rest(self, strategy: str) -> np.ndarray:
         tokens = {"exchange": lambda: self.traffic.tokens, "ring": self._passed, "gather": self._spread}[
             strategy
         ]()
@@ -71,8 +102,9 @@ class Plan:
         if self.strategy == "ulysses":
             return self.moved.T
         home = self.traffic.tokens.T * self.token
+        threads = sum(thread.plan.gradients for thread in self.threads)
         # Only a ring passes its keys round again; the others keep the few that they received.
-        return home + self.moved if self.strategy == "ring" else home
+        return home + threads + (self._rest("ring") if self.strategy == "ring" else 0)
 
     @property
     def sent(self) -> np.ndarray:
@@ -133,7 +165,7 @@ class Plan:
             ("layout", str(self.layout)),
             ("heads", f"{self.heads} on {self.key_heads} key heads"),
             ("strategy", self.strategy),
-            ("needed", f"{self.traffic.blocks:,} key blocks of {size} from other ranks"),
+            ("needed", f"{self.blocks:,} key blocks of {size} from other ranks"),
             *(
                 ("received", f"by the busiest rank, {self.busiest(name):,} bytes under {name}")
                 for name in STRATEGIES
@@ -229,7 +261,7 @@ def plan(
     return settled(pattern, layout, (heads, key_heads), (width, width), batch * _BYTES[dtype], strategy)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def settled(
     pattern: Pattern,
     layout: Layout,
@@ -239,24 +271,84 @@ def settled(
     strategy: str | None,
 ) -> Plan:
     """Return the plan of checked arguments, with the cheapest strategy where none is given."""
-    between = _between(pattern, layout, heads[0], SIZE)
+    rest, thin = _cut(pattern, layout, heads)
+    threads = tuple(
+        Thread(
+            some,
+            read,
+            tokens,
+            _moving(thinned, layout, tokens, (len(some), len(read)), widths, row, strategy),
+        )
+        for (tokens, thinned), some, read in thin
+    )
+    between = _between(rest, layout, heads[0], SIZE)
 
     def planned(name: str) -> Plan:
-        return Plan(pattern, layout, *heads, widths, row, name, between)
+        return Plan(pattern, layout, *heads, widths, row, name, between, rest, threads)
 
     if strategy is not None:
         return planned(strategy)
+    best = planned(cheapest(planned("exchange")))
+    if layout.ranks <= heads[0] and best.blocks and best.busiest("ulysses") < best.busiest(best.strategy):
+        return planned("ulysses")
+    return best
+
+
+def cheapest(made: Plan) -> str:
+    """Return the strategy under which the busiest rank receives the fewest keys."""
+    layout, between = made.layout, made.traffic
+    if not between.blocks:
+        return "exchange"
     others = layout.length - np.array([layout.places(rank) for rank in range(layout.ranks)])
     dense = bool((2 * between.tokens.sum(axis=1) >= np.maximum(others, 1)).any())
-    if not between.blocks:
-        return planned("exchange")
-    able = ["ring"] if dense else ["gather", "exchange"]
-    if layout.ranks <= heads[0]:
-        able.append("ulysses")
-    any_of_them = planned(able[0])
-    return planned(min(able, key=any_of_them.busiest))
+    return "ring" if dense else min(("gather", "exchange"), key=made.busiest)
 
 
-@lru_cache(maxsize=64)
+def _moving(
+    pattern: Pattern,
+    layout: Layout,
+    tokens: range,
+    heads: tuple[int, int],
+    widths: tuple[int, int],
+    row: int,
+    strategy: str | None,
+) -> Plan:
+    """Return the plan of a thread, whose keys move whatever the strategy is."""
+    held = layout.within(tokens)
+    between = _between(pattern, held, 1, SIZE)
+    made = Plan(pattern, held, *heads, widths, row, "exchange", between, pattern)
+    chosen = cheapest(made) if strategy in (None, "ulysses") else strategy
+    return replace(made, strategy=chosen)
+
+
+Cut = tuple[tuple[tuple[range, Pattern], tuple[int, ...], tuple[int, ...]], ...]
+
+
+@lru_cache(maxsize=256)
+def _cut(pattern: Pattern, layout: Layout, heads: tuple[int, int]) -> tuple[Pattern, Cut]:
+    """Return a pattern without its threads, and those: tokens and what is read among them, heads and key heads."""
+    rests, found = [], defaultdict(list)
+    for head in range(heads[0]):
+        whole, thin = strands(pattern.at_head(head, heads[0]), length=layout.length)
+        left = list(whole)
+        for strand in thin:
+            if _between(strand.pattern, layout.within(strand.tokens), 1, SIZE).blocks:
+                found[strand.tokens, strand.pattern].append(head)
+            else:
+                left.append(strand.term)
+        rests.append(reduce(add, left) if left else Nothing())
+    if not found:
+        return pattern, ()
+    group, cut = heads[0] // heads[1], []
+    for which, members in found.items():
+        readers = Counter(head // group for head in members)
+        # Key heads that equally many heads read go together.
+        for number in sorted(set(readers.values())):
+            read = tuple(key_head for key_head in sorted(readers) if readers[key_head] == number)
+            cut.append((which, tuple(head for head in members if head // group in read), read))
+    return rests[0] if len(set(rests)) == 1 else PerHead(rests), tuple(cut)
+
+
+@lru_cache(maxsize=1024)
 def _between(pattern: Pattern, layout: Layout, heads: int, size: int) -> Traffic:
     return traffic(pattern, layout, heads=heads, size=size)
