@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from longspan import Causal, PerHead, SlidingWindow, Streaming, Window, attend, ring
 from longspan.layout import Layout, contiguous, striped, zigzag
-from longspan.pattern import Pattern
+from longspan.pattern import SDA, LongNet, Pattern
 from longspan.ring import grid
 from longspan.ring.plan import settled
 from longspan.score import ALiBi, Score, Sinks, SoftCap
@@ -97,7 +97,13 @@ SCORED = [
         (PerHead([Causal(), SlidingWindow(20)]), ("alibi", "cap")),
     )
 ]
-CASES = EVERY + OTHERS + SCORED
+# Branches that reach over several ranks, so that only their kept tokens move.
+THIN = [
+    Case(LongNet((8, 32, 96), (1, 2, 4)), 97, torch.float64),
+    Case(LongNet((16, 64), (1, 4)), 61, torch.float64, (6, 3), changed=("alibi", "sinks")),
+    Case(SDA(3, rows="selected"), 129, torch.float32, (4, 1)),
+]
+CASES = EVERY + OTHERS + SCORED + THIN
 
 
 def compare(rank: int, truths: Path) -> list[str]:
@@ -125,7 +131,7 @@ def compare_on_a_grid(rank: int, truths: Path) -> list[str]:
     wrong = []
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("ring", "ulysses"))
     for number, (case, truth) in enumerate(zip(CASES, torch.load(truths), strict=True)):
-        if case in SCORED or (case in OTHERS and case.length > 2) or number % 5 == 0:
+        if case in SCORED + THIN or (case in OTHERS and case.length > 2) or number % 5 == 0:
             layout = LAYOUTS[number % 3](case.length, 4)
             strategy = (None, *grid.COLUMN)[number % 4]
             wrong += [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from longspan import Causal, SlidingWindow, Streaming
+from longspan import Causal, LongNet, SlidingWindow, Streaming
 from longspan.layout import contiguous, striped, zigzag
 from longspan.pattern import Chunk, Dilated, Everything, Pattern, Sink
 from longspan.ring import STRATEGIES, plan
@@ -55,6 +55,19 @@ def test_a_causal_ring_passes_on_what_is_needed_further_on():
     made = plan(Causal(), contiguous(32_768, 8), strategy="ring", width=1, dtype="float32")
     # 896 blocks of 128 keys and as many values, 4 bytes each.
     assert made.moved.sum() == 896 * 128 * 2 * 4
+
+
+def test_what_a_branch_of_longnet_keeps_is_all_that_moves():
+    """Segments of the whole text of which 256 tokens are kept: as many keys move however long the text is."""
+    received = []
+    for length in (1 << 14, 1 << 17, 1 << 20):
+        pattern = LongNet((256, length), (1, length // 256))
+        made = plan(pattern, contiguous(length, 4), heads=2, width=8)
+        # The last rank needs the 192 kept tokens of the others, of each head by itself.
+        received.append(made.received.tolist())
+        assert [thread.heads for thread in made.threads] == [(0,), (1,)]
+        assert made.blocks == 2 * (1 + 2 + 3)
+    assert received == [[64 * before * 2 * 16 * 4 for before in range(4)]] * 3
 
 
 def test_every_rank_of_ulysses_does_the_same():
