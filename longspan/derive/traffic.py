@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from longspan.derive.bins import bins
+from longspan.derive.strand import strands
 from longspan.errors import ShapeError, message
 from longspan.layout import Layout
-from longspan.pattern import Pattern, Progression
+from longspan.pattern import Causal, Pattern, Progression, simplify
 
 # Rectangles that are read at a time.
 _ABREAST = 1 << 18
 # Pairs that are asked about, besides, to see whether one is read.
 _ASKED = 1 << 20
+# Tokens of a chunk whose pairs are counted query by query.
+_PERIOD = 1 << 14
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,18 +262,54 @@ def load(pattern: Pattern, layout: Layout, *, heads: int = 1) -> np.ndarray:
     alike = Counter(pattern.at_head(head, heads) for head in range(heads))
     pairs = np.zeros(layout.ranks, dtype=np.int64)
     for single, times in alike.items():
-        if layout.name not in ("contiguous", "zigzag"):
-            pairs += times * np.array(
-                [sum(_pairs(single, piece, layout.length) for piece in shard) for shard in layout.shards]
-            )
-            continue
-        # Neighbouring positions are bins of one count over the whole text.
-        chunks = layout.ranks * (2 if layout.name == "zigzag" else 1)
-        binned = bins(single, length=layout.length, cells=(chunks, 1))[:, 0]
-        pairs += times * (
-            binned[: layout.ranks] + (binned[: layout.ranks - 1 : -1] if layout.name == "zigzag" else 0)
-        )
+        whole, thin = strands(single, length=layout.length)
+        parts = [(single, layout)]
+        if thin:
+            parts = [(term, layout) for term in whole]
+            parts += [(strand.pattern, layout.within(strand.tokens)) for strand in thin]
+        for part, held in parts:
+            pairs += times * _load(part, held)
     return pairs
+
+
+def _load(pattern: Pattern, layout: Layout) -> np.ndarray:
+    straight = all(piece.step == 1 for shard in layout.shards for piece in shard)
+    period = _closed(pattern, layout.length) if straight else 0
+    if period:
+        before = _before(pattern, period)
+
+        def up_to(position: int) -> int:
+            return int(position // period * before[-1] + before[position % period])
+
+        return np.array([sum(up_to(p.stop) - up_to(p.start) for p in shard) for shard in layout.shards])
+    if layout.name not in ("contiguous", "zigzag"):
+        return np.array(
+            [sum(_pairs(pattern, piece, layout.length) for piece in shard) for shard in layout.shards]
+        )
+    # Neighbouring positions are bins of one count over the whole text.
+    chunks = layout.ranks * (2 if layout.name == "zigzag" else 1)
+    binned = bins(pattern, length=layout.length, cells=(chunks, 1))[:, 0]
+    return binned[: layout.ranks] + (binned[: layout.ranks - 1 : -1] if layout.name == "zigzag" else 0)
+
+
+@lru_cache(maxsize=256)
+def _closed(pattern: Pattern, length: int) -> int:
+    """Return the tokens of chunks that all read alike, and nothing but themselves; 0 where there are none."""
+    period = pattern.period
+    if not period or not period < length or period > _PERIOD:
+        return 0
+    chunk, others = Progression.of(range(period)), Progression.of(range(period, length))
+    apart = pattern.count(chunk, others).empty.all() and pattern.count(others, chunk).empty.all()
+    # The last chunk may be cut short: then nothing of it may be missed.
+    whole = length % period == 0 or simplify(pattern & Causal()) == pattern
+    return period if apart and whole else 0
+
+
+@lru_cache(maxsize=256)
+def _before(pattern: Pattern, period: int) -> np.ndarray:
+    """Return the pairs of all queries before each position of a chunk, int64 `[period + 1]`."""
+    counted = bins(pattern, length=period, cells=(period, 1))[:, 0]
+    return np.concatenate([[0], np.cumsum(counted)])
 
 
 def _pairs(pattern: Pattern, queries: range, length: int) -> int:

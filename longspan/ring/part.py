@@ -20,7 +20,7 @@ from longspan.kernel.calls import HeadGroup
 from longspan.kernel.frame import Work
 from longspan.kernel.merge import merge, merge_into
 from longspan.kernel.parts import Lattice
-from longspan.kernel.plan import choose, head_groups, scores_refusal
+from longspan.kernel.plan import KERNELS, choose, head_groups, scores_refusal
 from longspan.kernel.sides import one_sided_groups
 from longspan.pattern import Pattern
 from longspan.score import Scores
@@ -104,9 +104,9 @@ def _kernel(query: Tensor, key: Tensor, reading: Reading) -> str:
         "reference": scores_refusal(reference.scores_bytes(query, key)),
     }
     facts = {"pattern": str(reading.pattern), "query": f"{list(query.shape)} {query.dtype}"}
-    # These take whole texts only.
-    refusals |= dict.fromkeys(("flash", "flex"), "does not take a part of a text")
-    return choose(refusals, None, facts)[0]
+    # The others take whole texts only.
+    others = dict.fromkeys(KERNELS, "does not take a part of a text")
+    return choose(others | refusals, None, facts)[0]
 
 
 def _defined(query: Tensor, key: Tensor, value: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
