@@ -296,7 +296,9 @@ def _load(pattern: Pattern, layout: Layout) -> np.ndarray:
 def _closed(pattern: Pattern, length: int) -> int:
     """Return the tokens of chunks that all read alike, and nothing but themselves; 0 where there are none."""
     period = pattern.period
-    if not period or not period < length or period > _PERIOD:
+    if length <= _PERIOD:
+        return length
+    if not period or period > _PERIOD:
         return 0
     chunk, others = Progression.of(range(period)), Progression.of(range(period, length))
     apart = pattern.count(chunk, others).empty.all() and pattern.count(others, chunk).empty.all()
