@@ -11,7 +11,7 @@ import pytest
 from longspan import Causal, LongNet, SlidingWindow, Streaming
 from longspan.layout import contiguous, striped, zigzag
 from longspan.pattern import Chunk, Dilated, Everything, Pattern, Sink
-from longspan.ring import STRATEGIES, plan
+from longspan.ring import STRATEGIES, plan, rotation
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "ranks.py"
 
@@ -106,3 +106,18 @@ def test_the_benchmark_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(row["balance"] >= 1 and row["bytes"] >= row["busiest_bytes"] >= 0 for row in rows)
     # Heads, an empty line, the heads of the columns, and for each setting an empty line and a title.
     assert len(capsys.readouterr().out.splitlines()) == 3 + 2 * 2 + len(rows)
+
+
+def test_a_share_of_a_longer_text_is_replayed(monkeypatch: pytest.MonkeyPatch, capsys):
+    script = runpy.run_path(str(SCRIPT.with_name("share.py")))["main"].__globals__
+    # What the script puts in the place of other ranks goes again with the test.
+    monkeypatch.setattr(rotation, "Link", rotation.Link)
+    monkeypatch.setattr(rotation.Turn, "rank", rotation.Turn.rank)
+    monkeypatch.setitem(script, "BASE", 2_048)
+    assert script["main"](["--length", "32768", "--ranks", "8", "--heads", "2", "--width", "8"]) > 0
+    printed = capsys.readouterr().out
+    assert (
+        "contiguous, 32,768 tokens on 8 ranks, 2 heads of width 8, float32; rank 4 holds 4,096 tokens"
+        in printed
+    )
+    assert "received 131,072 bytes" in printed
