@@ -115,29 +115,45 @@ def _run(left: dict[str, Cell], report: dict[str, Any], options: argparse.Namesp
 
 
 def _guess(cells: Any, options: argparse.Namespace) -> dict[Cell, float]:
-    """Guess the seconds of each cell, from one window read with and without a way back."""
-    model, _ = load_model(options.model)
-    ids = torch.zeros(1, options.length, dtype=torch.long)
+    """Guess the seconds of each cell, from one window of each kind read with and without a way back."""
+    model, tokenizer = load_model(options.model)
+    models = {True: _untrained(len(tokenizer)), False: model}
+    speeds: dict[tuple[bool, int], tuple[float, float]] = {}
+
+    def speed(small: bool, window: int) -> tuple[float, float]:
+        if (small, window) not in speeds:
+            speeds[small, window] = _speed(models[small], window)
+        return speeds[small, window]
+
+    guessed = {}
+    for cell in cells:
+        recipe, small = cell.recipe, cell.kind == "scratch"
+        reading, _ = speed(small, recipe.length)
+        ways = (recipe.pattern != "Causal()") + (not small)
+        # Every length is half of the next; six prompts are asked beside.
+        seconds = 2 * recipe.length * (ways * options.segments + 6 * (not small)) * reading
+        if cell.kind != "alone":
+            seconds += recipe.tokens(recipe.steps) * speed(small, recipe.window)[1]
+            if recipe.rope == SEARCHED:
+                seconds += BUDGET.evaluations * WINDOWS * recipe.length * reading
+        guessed[cell] = seconds
+    return guessed
+
+
+def _speed(model: Any, window: int) -> tuple[float, float]:
+    """Return the seconds per token of reading a window, and of learning from it."""
+    ids = torch.zeros(1, window, dtype=torch.long)
+    lower = training.bfloat16_is_fast(on_cpu=True)
     # The first pass brings in what libraries load late.
     model(ids[:, :64], labels=ids[:, :64], use_cache=False).loss.backward()
     begun = time.perf_counter()
     with torch.no_grad():
         model(ids, logits_to_keep=1, use_cache=False)
-    reading = (time.perf_counter() - begun) / options.length
-    begun = time.perf_counter()
-    model(ids, labels=ids, use_cache=False).loss.backward()
-    learning = (time.perf_counter() - begun) / options.length
-    guessed = {}
-    for cell in cells:
-        recipe = cell.recipe
-        rows = options.segments * (1 if recipe.pattern == "Causal()" else 2) + 6
-        seconds = 2 * recipe.length * rows * reading
-        if cell.kind != "alone":
-            seconds += recipe.tokens(recipe.steps) * learning
-        if recipe.rope == SEARCHED and cell.kind != "alone":
-            seconds += BUDGET.evaluations * WINDOWS * recipe.length * reading
-        guessed[cell] = seconds
-    return guessed
+    read = time.perf_counter()
+    with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+        loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return (read - begun) / window, (time.perf_counter() - read) / window
 
 
 def _carried_out(cell: Cell, report: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -177,13 +193,11 @@ def _carried_out(cell: Cell, report: dict[str, Any], options: argparse.Namespace
     return found | _measured(model, tokenizer, recipe, options, dense=cell.kind != "scratch")
 
 
-def _trained(recipe: Recipe, folder: Path, progress: Any) -> tuple[Any, Any]:
-    """Return a small model trained from random weights, by the training that extends models."""
-    _, tokenizer = load_model(recipe.model)
-    torch.manual_seed(recipe.seed)
-    model = LlamaForCausalLM(
+def _untrained(vocabulary: int) -> LlamaForCausalLM:
+    """Return the small model with random weights."""
+    return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer),
+            vocab_size=vocabulary,
             hidden_size=SCRATCH["width"],
             intermediate_size=4 * SCRATCH["width"],
             num_hidden_layers=SCRATCH["layers"],
@@ -192,6 +206,13 @@ def _trained(recipe: Recipe, folder: Path, progress: Any) -> tuple[Any, Any]:
             tie_word_embeddings=True,
         )
     )
+
+
+def _trained(recipe: Recipe, folder: Path, progress: Any) -> tuple[Any, Any]:
+    """Return a small model trained from random weights, by the training that extends models."""
+    _, tokenizer = load_model(recipe.model)
+    torch.manual_seed(recipe.seed)
+    model = _untrained(len(tokenizer))
     corpus = encode(split(documents(recipe.text))[0], tokenizer)
     train(
         model,
@@ -308,7 +329,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", metavar="FOLDER", help="what is extended (default: the default model)")
     parser.add_argument("--text", metavar="FILE", help="what is read (default: the standard library)")
     parser.add_argument("--length", type=int, default=4096, metavar="N", help="the longest (default: 4096)")
-    parser.add_argument("--steps", type=int, default=60, metavar="N", help="of each training (default: 60)")
+    parser.add_argument("--steps", type=int, default=50, metavar="N", help="of each training (default: 50)")
     parser.add_argument("--segments", type=int, default=8, metavar="N", help="windows measured (default: 8)")
     parser.add_argument(
         "--shortest", type=int, default=512, metavar="N", help="length measured (default: 512)"
