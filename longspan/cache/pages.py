@@ -157,6 +157,12 @@ class Pages:
         return int((held != _NOBODY).sum()) * self.pool.page_bytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
+        if key.shape[2] == 1 and self.free and not self.pool.shared(last := self.table[:, :, -1]).any():
+            # The most frequent case, one more token in pages of one's own, asks the pool for nothing.
+            slot = self.used % self.pool.size
+            self.pool.key[last, slot], self.pool.value[last, slot] = key[:, :, 0], value[:, :, 0]
+            self.used += 1
+            return
         size, end = self.pool.size, self.used + key.shape[2]
         more = -(-end // size) - self.table.shape[2]
         # Only the last page is written to again, if it has slots left.

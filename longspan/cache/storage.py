@@ -161,12 +161,11 @@ class Rounded:
         return self._whole.nbytes + self._scale.nbytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        scales = [side.abs().amax(-1, keepdim=True).float() / 127 for side in (key, value)]
-        # A token of zeros has scale zero, and any divisor leaves it zero.
-        whole = [
-            (side / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8)
-            for side, scale in zip((key, value), scales, strict=True)
-        ]
+        if key.shape == value.shape:
+            # Both in one, for a single token costs what the number of operations costs.
+            whole, scales = (side.unbind() for side in _rounded(torch.stack([key, value])))
+        else:
+            whole, scales = zip(*(_rounded(side) for side in (key, value)), strict=True)
         self._whole.append(*whole)
         self._scale.append(*scales)
 
@@ -207,6 +206,13 @@ class Rounded:
     def release(self) -> None:
         self._whole.release()
         self._scale.release()
+
+
+def _rounded(side: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers in eight bits, and the scale of every token, `[..., 1]` in float32."""
+    scale = side.abs().amax(-1, keepdim=True).float() / 127
+    # A token of zeros has scale zero, and any divisor leaves it zero.
+    return (side / scale.clamp(min=torch.finfo(torch.float32).tiny)).round().to(torch.int8), scale
 
 
 def _slices(slots: Tensor) -> Iterator[slice]:
