@@ -12,9 +12,9 @@ from torch import Tensor
 from longspan.cache.form import Form, check
 from longspan.cache.pages import Pages, Pool
 from longspan.cache.reading import Reading, Rotate
-from longspan.cache.shelf import Shelf
+from longspan.cache.shelf import Shelf, shelves
 from longspan.cache.storage import Plain, Rounded, Storage
-from longspan.errors import PatternError, ShapeError, message
+from longspan.errors import ShapeError, message
 from longspan.pattern import Causal, Pattern
 from longspan.score import Score, collect
 
@@ -95,11 +95,12 @@ class Cache:
         self.block, self.undo, self.storage = block, undo, storage
         self.rotate, self.places = rotate, places
         self._readers = tuple((pattern & Causal()).at_head(head, heads) for head in range(heads))
-        self._shelves = self._sorted_heads()
+        self._shelves = shelves(pattern, self._readers, key_heads, same=places == "cache")
         self._lengths: np.ndarray | None = None
         # No row can be cropped to below this length: some keys that it would read are gone.
         self._floor = np.zeros(0, dtype=np.int64)
         self._form: Form | None = None
+        self._usual: Reading | None = None
         # Whether all rows lie alike, so that one row of positions tells of all.
         self._alike = True
 
@@ -162,7 +163,11 @@ class Cache:
         """
         lengths, heads = self.lengths, (self.heads, self.key_heads)
         continues = self._form is not None and self._form.fits(query, key, value, *heads)
-        if not (continues and real is None and (start is None or start == lengths)):
+        continues = continues and real is None and (start is None or start == lengths)
+        alone = continues and query.shape[2] == 1 and not scores and len(self._shelves) == 1
+        if alone and self._shelves[0].ready:
+            return self._next(query, key, value, scale)
+        if not continues:
             sides = {"query": query, "key": key, "value": value}
             check(sides, real, start, heads=heads, form=self._form, lengths=lengths)
         changes = collect(scores, self.heads)
@@ -263,8 +268,24 @@ class Cache:
         for shelf in self._shelves:
             if shelf.storage is not None:
                 shelf.storage.release()
-        self._shelves = self._sorted_heads()
+        self._shelves = [Shelf(old.key_heads, old.heads, old.readers) for old in self._shelves]
         self._lengths, self._floor, self._form, self._alike = None, self._floor[:0], None, True
+
+    def _next(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Read one more token where all is known already: what nearly every token of a long decoding comes to."""
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if self._usual is None or self._usual.scale != scale:
+            self._usual = Reading(scale, collect((), self.heads), self._alike, None, "text")
+        shelf = self._shelves[0]
+        used = shelf.storage.used
+        try:
+            shelf.storage.append(key, value)
+            output = self._usual.read_last(shelf, query)
+        except BaseException:
+            shelf.truncate(used)
+            raise
+        self._lengths = self._lengths + 1
+        return output
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, real: Tensor | None, reading: Reading
@@ -353,27 +374,6 @@ class Cache:
         if isinstance(self.storage, Pool):
             return Pages(self.storage, key, value)
         return Rounded(key, value) if self.storage == "int8" else Plain(key, value)
-
-    def _sorted_heads(self) -> list[Shelf]:
-        """Put key heads whose query heads read alike on one shelf."""
-        shared = self.heads // self.key_heads
-        together: dict[frozenset[Pattern], list[int]] = {}
-        for key_head in range(self.key_heads):
-            readers = self._readers[key_head * shared : (key_head + 1) * shared]
-            together.setdefault(frozenset(readers), []).append(key_head)
-        shelves = []
-        for readers, key_heads in together.items():
-            if self.places == "cache" and len(readers) > 1:
-                raise PatternError(
-                    message(
-                        "Query heads that share a key head cannot count places in the cache differently.",
-                        {"pattern": str(self.pattern), "key heads": str(self.key_heads)},
-                        fix='places="text", or a pattern that is the same on all heads',
-                    )
-                )
-            heads = [head * shared + place for head in key_heads for place in range(shared)]
-            shelves.append(Shelf(key_heads, heads, tuple(self._readers[head] for head in heads)))
-        return shelves
 
     def _as_rows(self, lengths: int | Sequence[int]) -> np.ndarray:
         return np.broadcast_to(np.asarray(lengths, dtype=np.int64), self._lengths.shape).copy()

@@ -11,6 +11,7 @@ from torch import Tensor
 from longspan.cache.outlook import Outlook, outlook
 from longspan.cache.storage import Storage
 from longspan.derive.lifetime import alive
+from longspan.errors import PatternError, message
 from longspan.pattern import Pattern
 
 # What share of itself a text that is kept whole grows by.
@@ -43,6 +44,11 @@ class Shelf:
     @property
     def nbytes(self) -> int:
         return self.storage.nbytes if self.storage else 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is room for one more token, and known what it reads."""
+        return self.outlook is not None and self.storage.free > 0 and self.outlook.covers(self.storage.used)
 
     def begin(self, storage: Storage, device: torch.device) -> None:
         """Start empty, in a storage."""
@@ -128,6 +134,38 @@ class Shelf:
             if self.alive(positions, until).eq(positions >= 0).all() and self.alive(coming, until).all()
             else 0
         )
+
+
+def shelves(pattern: Pattern, readers: tuple[Pattern, ...], key_heads: int, *, same: bool) -> list[Shelf]:
+    """Put key heads whose query heads read alike on one shelf each.
+
+    Args:
+        pattern: that of all heads, to be named in an error.
+        readers: the pattern of every query head.
+        key_heads: number of key heads, which divides that of the query heads.
+        same: whether query heads that share a key head must read the same.
+
+    Raises:
+        PatternError: they must, and do not.
+    """
+    shared = len(readers) // key_heads
+    together: dict[frozenset[Pattern], list[int]] = {}
+    for key_head in range(key_heads):
+        own = frozenset(readers[key_head * shared : (key_head + 1) * shared])
+        together.setdefault(own, []).append(key_head)
+    found = []
+    for kinds, members in together.items():
+        if same and len(kinds) > 1:
+            raise PatternError(
+                message(
+                    "Query heads that share a key head cannot count places in the cache differently.",
+                    {"pattern": str(pattern), "key heads": str(key_heads)},
+                    fix='places="text", or a pattern that is the same on all heads',
+                )
+            )
+        heads = [head * shared + place for head in members for place in range(shared)]
+        found.append(Shelf(members, heads, tuple(readers[head] for head in heads)))
+    return found
 
 
 @lru_cache(maxsize=8)
