@@ -48,7 +48,7 @@ def attend(
         scores: what changes them beside the pattern: `ALiBi()`, `Sinks(logits)`, `SoftCap(limit)` from
             `longspan.score`, one or a list of them in any order.
         kernel: "native", "sdpa", "flash", "flex" or "reference" to insist on one; None takes the first that can run, on
-            cpu native, sdpa or reference, on cuda flash, flex or reference.
+            cpu native, sdpa or reference, on cuda flash, flex or reference. "triton" runs only where it is asked for.
 
     Returns:
         `[batch, heads, queries, value width]` in the dtype of `query`.

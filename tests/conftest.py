@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+
+if shutil.which("nvidia-smi") is None:
+    # Without a GPU, programs run in Triton's interpreter. Triton reads this when torch imports it.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import torch
 
 from longspan import cli
 

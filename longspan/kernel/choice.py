@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longspan.kernel import flash, flex, native, reference, sdpa
+from longspan.kernel import flash, flex, native, reference, sdpa, triton
 from longspan.kernel.bands import band_groups
 from longspan.kernel.plan import choose, flash_refusal, head_groups, scores_refusal
 from longspan.pattern import Pattern
@@ -44,6 +44,7 @@ def chosen(
         "flash": why_not_flash,
         "flex": why_not_flex,
         "reference": too_large,
+        "triton": triton.refusal(query, value, changes) if asked == "triton" else None,
     }
     return choose(refusals, asked, facts(query, key, value, pattern, queries))[0]
 
@@ -59,10 +60,13 @@ def run(
     scale: float,
     changes: Scores,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp by "flash", "flex" or "reference"; gradients flow through both."""
+    """Return output and log-sum-exp by "flash", "flex", "triton" or "reference"; gradients flow through both."""
     if name == "flash":
         asked = work(pattern, query.shape[1], queries, key.shape[2], scale)
         return flash.attend(query, key, value, changes.sinks, asked)
+    if name == "triton":
+        found = triton.terms(pattern, query.shape[1], queries, range(key.shape[2]), query.device)
+        return triton.attend(query, key, value, changes.sinks, triton.Work(found, scale))
     kernel = {"flex": flex, "reference": reference}[name]
     return kernel.attend(query, key, value, pattern, queries=queries, scale=scale, changes=changes)
 

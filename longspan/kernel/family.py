@@ -169,7 +169,7 @@ def _pieces(single: Pattern, queries: range, keys: range, device: torch.device) 
         return
     whole = simplify(single)
     for part in whole.parts if isinstance(whole, Sum) else (whole,):
-        for term in (part,) if _plain(part) else terms(part):
+        for term in (part,) if plain(part) else terms(part):
             # Queries set apart so that the residue classes of both sides begin side by side.
             lead = (term.lead - (queries.start - keys.start)) % term.steps[0]
             for first, rows in ((0, queries[:lead]), (lead, queries[lead:])):
@@ -185,11 +185,11 @@ def _piece(term: Pattern, lead: int, queries: range, keys: range, device: torch.
     return _Piece(lead, found, formula(term, device), _classes(found)) if len(found) else None
 
 
-def _plain(pattern: Pattern) -> bool:
+def plain(pattern: Pattern) -> bool:
     """Say whether a pattern is a relation that has nothing to do with residues, so that one call does all of it."""
     if isinstance(pattern, Sum) or pattern.steps != (1, 1):
         return False
-    return all(map(_plain, pattern.operands))
+    return all(map(plain, pattern.operands))
 
 
 def _cheaper(term: Pattern, queries: range, keys: range) -> Blocks:

@@ -141,13 +141,16 @@ class Frame:
     def _readers(self, keys: Tensor, query: Tensor, work: Work) -> Tensor:
         """Return which queries read a key that is marked: the mean of the marks they read is above 0."""
         marks = keys.to(self.marks).unsqueeze(-1)
-        alike = torch.zeros(*query.shape[:-1], 1, dtype=self.marks)
+        alike = torch.zeros(*query.shape[:-1], 1, dtype=self.marks, device=query.device)
         return self.sums(alike, torch.zeros_like(marks), marks, _plainly(work))[0][..., 0] > 0
 
     def _read(self, rows: Tensor, key: Tensor, work: Work) -> Tensor:
         """Return which keys are read by a query that is marked: their share of its marks is above 0."""
         marks = rows.to(self.marks).unsqueeze(-1)
-        sides = torch.zeros_like(marks), *torch.zeros(2, *key.shape[:-1], 1, dtype=self.marks)
+        sides = (
+            torch.zeros_like(marks),
+            *torch.zeros(2, *key.shape[:-1], 1, dtype=self.marks, device=key.device),
+        )
         _, lse, _ = self.sums(*sides, _plainly(work))
         lse = lse.masked_fill(lse.isneginf(), 0.0)
         nothing = torch.zeros_like(lse)

@@ -53,7 +53,7 @@ def lists(heads: list[Blocks], classes: tuple[np.ndarray, np.ndarray], device: t
     """
     query_side, key_side, size = heads[0].query_side, heads[0].key_side, heads[0].size
     grid = tuple(-(-int(side.lengths.max(initial=0)) // size) for side in (query_side, key_side))
-    partial, full = ([_squares(found, classes, wanted) for found in heads] for wanted in (False, True))
+    partial, full = ([squares(found, classes, wanted) for found in heads] for wanted in (False, True))
     shape = (len(classes[0]), *grid)
 
     def put(squares: list[np.ndarray], axis: int) -> tuple[Tensor, Tensor]:
@@ -62,7 +62,7 @@ def lists(heads: list[Blocks], classes: tuple[np.ndarray, np.ndarray], device: t
     return Lists(put(partial, 1), put(full, 1), put(partial, 2), put(full, 2))
 
 
-def _squares(found: Blocks, classes: tuple[np.ndarray, np.ndarray], full: bool) -> np.ndarray:
+def squares(found: Blocks, classes: tuple[np.ndarray, np.ndarray], full: bool) -> np.ndarray:
     """Return layout, row and column of every block that is full, or of every one that is not, int64 `[3, blocks]`."""
     size = found.size
     rows, columns = (-(-places // size) for places in found.extents())

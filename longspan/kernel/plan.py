@@ -24,6 +24,8 @@ from longspan.size import size
 # The most memory that dense scores may take.
 REFERENCE_BYTES = 8 * 10**9
 KERNELS = ("native", "sdpa", "flash", "flex", "reference")
+# Kernels that run for those who ask for them by name, and for no one else.
+ASKED = ("triton",)
 _BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -275,6 +277,7 @@ def _plan(
     device: str,
 ) -> Plan:
     refusals = {
+        "triton": "has no plans: its lists are made when it runs",
         "native": native.plan_refusal(dtype, device, len(queries), asked=kernel == "native"),
         "reference": scores_refusal(heads * len(queries) * len(keys) * max(4, _BYTES[dtype])),
     }
@@ -309,14 +312,15 @@ def choose(
         asked: the kernel insisted on, or None for the first that can.
         facts: what to say of the tensors where none can.
     """
-    if asked is not None and asked not in KERNELS:
+    if asked is not None and asked not in (*KERNELS, *ASKED):
         raise PlanError(
             message(
                 f"There is no kernel called {asked}.", {"asked": asked}, fix=f"one of {', '.join(KERNELS)}"
             )
         )
-    able = [name for name in KERNELS if refusals.get(name) is None]
-    refused = tuple((name, why) for name in KERNELS if (why := refusals.get(name)))
+    names = (*KERNELS, *(name for name in ASKED if name == asked))
+    able = [name for name in names if refusals.get(name) is None]
+    refused = tuple((name, why) for name in names if (why := refusals.get(name)))
     if not able or (asked is not None and asked not in able):
         problem = f"The kernel {asked}" if asked else "No kernel"
         raise PlanError(
