@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from longspan.errors import InputError, PatternError, PlanError, message
-from longspan.hf.batch import Batch, describe, refusal
+from longspan.errors import InputError, PatternError, PlanError, ShapeError, message
+from longspan.hf import traced
+from longspan.hf.batch import Batch, describe, refusal, settled
 from longspan.hf.quiet import quiet
+from longspan.hf.traced import Outline
 from longspan.pattern import Causal, Pattern, Window
 from longspan.score import Score, Sinks, SoftCap
 
@@ -49,6 +51,9 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
     padding is taken out first, wherever it is, and rows of padding return zero. Packed documents each count
     from 0; as everywhere in transformers, `position_ids` that restart or jump mark documents where neither
     a mask nor a cache is given, so give an `attention_mask` of ones with positions that skip.
+
+    `torch.compile` with `fullgraph=True` takes a model with patterns on CPU as it takes one without, padded, packed and
+    with a cache that grows. Soft-capped scores, a `PatternCache` and CUDA break the graph at every layer.
 
     Patterns stay with the model's attention modules: they survive `copy.deepcopy`, wrapping by peft and
     switching the implementation to and fro, and are not saved in checkpoints.
@@ -103,8 +108,38 @@ def reset(model: nn.Module) -> None:
 
 def _attention(*sides: Any, **options: Any) -> tuple[Tensor, None]:
     """Attend by the module's pattern; called by transformers, see `_attend`."""
+    if not torch.compiler.is_compiling():
+        return _attend(*sides, **options)
+    module, query, key, value, mask = sides[:5]
+    if isinstance(mask, Outline) and getattr(key, NAME, None) is None:
+        return _traced(module, query, key, value, mask, **options)
     # What a batch holds decides what is done, and windows make patterns: a compiled model runs this as it is.
-    return _apart(*sides, **options) if torch.compiler.is_compiling() else _attend(*sides, **options)
+    return _apart(*sides, **options)
+
+
+def _traced(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    outline: Outline,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attend in a graph, by one operation that looks into the batch when it runs."""
+    setting = _check_setting(module)
+    _check_options(module, dropout, options)
+    if outline.keys != key.shape[2]:
+        raise _short(module, outline.keys, key.shape[2])
+    windows = [window for window in (outline.window, options.get("sliding_window")) if window is not None]
+    lowered = torch.is_autocast_enabled(query.device.type)
+    dtype = torch.get_autocast_dtype(query.device.type) if lowered else value.dtype
+    query, key, value = (side.to(dtype) for side in (query, key, value))
+    return (
+        traced.attend(query, key, value, setting.pattern, outline, windows, scaling, options.get("s_aux")),
+        None,
+    )
 
 
 def _attend(
@@ -118,6 +153,8 @@ def _attend(
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend with query `[batch, heads, length, width]`, and the arguments of transformers' attention functions."""
+    if isinstance(attention_mask, Outline):
+        attention_mask = settled(attention_mask, query.shape[0], query.shape[2])
     # The mark of a PatternCache, whose keys come without those that it holds.
     cached = getattr(key, NAME, None)
     if cached is not None:
@@ -251,6 +288,14 @@ def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -
         )
 
 
+def _short(module: nn.Module, announced: int, keys: int) -> ShapeError:
+    return refusal(
+        module.config,
+        f"its cache announced {announced} keys and handed over {keys}",
+        fix="a cache that keeps all keys, past_key_values=DynamicCache()",
+    )
+
+
 def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cached: Any) -> Batch:
     if not isinstance(given, Batch):
         found = "none" if given is None else f"{type(given).__name__} {list(getattr(given, 'shape', []))}"
@@ -261,11 +306,7 @@ def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cac
         )
     keys = key.shape[2] + (cached.columns if cached is not None else 0)
     if given.keys != keys:
-        raise refusal(
-            module.config,
-            f"its cache announced {given.keys} keys and handed over {keys}",
-            fix="a cache that keeps all keys, past_key_values=DynamicCache()",
-        )
+        raise _short(module, given.keys, keys)
     several = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
     packed = several and bool((positions.diff() != 1).any())
     if packed and not given.masked and len(given.segments) == 1:

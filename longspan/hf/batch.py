@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from longspan.errors import ShapeError, message
 from longspan.hf.segment import Segment, attend_segments, unpacked, unpadded, whole
+from longspan.hf.traced import Outline
 from longspan.pattern import Pattern
 from longspan.score import Score
 
@@ -87,7 +88,7 @@ def describe(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **options: Any,
-) -> Batch:
+) -> Batch | Outline:
     """Return the sequences of a batch; transformers calls this once per forward and kind of layer.
 
     The signature is that of transformers' mask functions. Whatever a pattern cannot stand for is refused.
@@ -118,7 +119,11 @@ def describe(
             f"its layers read in chunks of {local_size} tokens, which are not supported yet",
             fix="a model with full attention or a sliding window",
         )
-    shared = SHARED.get()
+    # Other devices have no such operation, and no kernel of it caps scores.
+    on_cpu = torch.device(options.get("device", "cpu")).type == "cpu"
+    capped = getattr(config, "attn_logit_softcapping", None) is not None
+    tracing = torch.compiler.is_compiling() and on_cpu and not capped and not kv_offset and _traceable()
+    shared = None if tracing else SHARED.get()
     if shared is not None:
         return replace(shared, window=local_size)
     if attention_mask is not None and tuple(attention_mask.shape) != (batch_size, end):
@@ -139,14 +144,30 @@ def describe(
             f"its cache dropped the first {kv_offset} keys, and no window says that they are not read",
             fix="a cache that keeps them, past_key_values=DynamicCache()",
         )
+    packed = q_length == kv_length and not options.get("allow_is_causal_skip", True)
+    if tracing:
+        joined = _joined(mask_function, attention_mask, batch_size, q_length) if packed else None
+        return Outline(attention_mask, joined, kv_length, local_size)
     if attention_mask is not None and not attention_mask.all():
         _check_gaps(config, attention_mask, kv_offset)
         segments = unpadded(attention_mask, queries=q_length, dropped=kv_offset)
-    elif q_length == kv_length and not options.get("allow_is_causal_skip", True):
+    elif packed:
         segments = unpacked(_continues(config, mask_function, attention_mask, batch_size, q_length))
     else:
         segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
     return Batch(segments, (batch_size, q_length), kv_length, local_size, masked=attention_mask is not None)
+
+
+def settled(outline: Outline, rows: int, length: int) -> Batch:
+    """Return the batch that a graph knew the outline of."""
+    segments = outline.segments(rows, length)
+    return Batch(segments, (rows, length), outline.keys, outline.window, outline.real is not None)
+
+
+@torch.compiler.assume_constant_result
+def _traceable() -> bool:
+    """Say whether a graph may hold attention as one operation; asked while it is traced."""
+    return SHARED.get() is None
 
 
 def refusal(config: PretrainedConfig, reason: str, *, fix: str) -> ShapeError:
@@ -177,11 +198,21 @@ def _check_gaps(config: PretrainedConfig, real: Tensor, dropped: int) -> None:
 def _continues(
     config: PretrainedConfig, mask_function: Callable, given: Tensor | None, batch: int, length: int
 ) -> Tensor:
+    """Return which tokens continue the one before them, where none reads a later one."""
+    if _formula(mask_function, given, batch, length, ahead=1).any():
+        raise refusal(config, "some of its tokens read later ones", fix="input that is text alone")
+    return _joined(mask_function, given, batch, length)
+
+
+def _joined(mask_function: Callable, given: Tensor | None, batch: int, length: int) -> Tensor:
     """Ask the formula for every token whether it reads the one before: within a document, and only there."""
+    return _formula(mask_function, given, batch, length, ahead=0).expand(batch, length - 1)
+
+
+def _formula(mask_function: Callable, given: Tensor | None, batch: int, length: int, *, ahead: int) -> Tensor:
+    """Ask the formula whether tokens read the one before them, or with `ahead` whether that one reads them."""
     device = None if given is None else given.device
     rows = torch.arange(batch, device=device)[:, None]
     later = torch.arange(1, length, device=device)[None, :]
     head = torch.zeros((), dtype=torch.long, device=device)
-    if mask_function(rows, head, later - 1, later).any():
-        raise refusal(config, "some of its tokens read later ones", fix="input that is text alone")
-    return mask_function(rows, head, later, later - 1).expand(batch, length - 1)
+    return mask_function(rows, head, later - ahead, later - 1 + ahead)
