@@ -66,12 +66,12 @@ def _lattice(term: Pattern, length: int) -> tuple[int, int]:
     everything = Progression.of(range(max(1, length)))
     first, known = 0, 1
     for prime in _primes(step):
-        left = []
-        for residue in range(first, min(length, first + known * prime), known):
-            some = Progression.of(range(residue, length, known * prime))
-            reads, read = term.count(some, everything), term.count(everything, some)
-            if not (reads.empty.all() and read.empty.all()):
-                left.append(residue)
+        apart = known * prime
+        residues = np.arange(first, min(length, first + apart), known)
+        last = residues + (length - 1 - residues) // apart * apart
+        some = Progression(residues, last, np.where(last > residues, apart, 0))
+        reads, read = term.count(some, everything), term.count(everything, some)
+        left = residues[~np.broadcast_to(reads.empty & read.empty, residues.shape)].tolist()
         if len(left) != 1:
             break
         [first], known = left, known * prime

@@ -56,9 +56,17 @@ class HeldLayer(PatternLayer):
         lengths: tokens of each row so far.
     """
 
+    def check(self, module: nn.Module, pattern: Pattern, batch: Batch, tokens: int) -> None:
+        """Refuse what does not continue this cache."""
+        if self.turned_anew is not None and self.columns + tokens > self.turned_anew[1]:
+            raise self._refuse(
+                f"beyond {self.turned_anew[1]} tokens its rotary positions turn all keys anew",
+                "positions that do not change with the length: yarn, linear, llama3",
+            )
+        super().check(module, pattern, batch, tokens)
+
     def attend(
         self,
-        module: nn.Module,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -68,7 +76,6 @@ class HeldLayer(PatternLayer):
         scores: Sequence[Score],
     ) -> Tensor:
         """Return attention `[batch, length, heads, width]` of the new tokens, and take this rank's share of them in."""
-        self._check(module, pattern, batch, key.shape[2])
         if isinstance(batch, Shared):
             output = batch.attend(query, key, value, pattern, scale=scale, scores=scores)
             self.sides, self.positions = (key, value), batch.positions().to(key.device)

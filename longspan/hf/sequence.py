@@ -320,6 +320,13 @@ def require(model: nn.Module, causal: PreTrainedModel | None) -> None:
             reasons.append(f"some of its layers are of another kind: {', '.join(sorted(others))}")
         elif any(isinstance(module, nn.Conv1d) for module in causal.modules()):
             reasons.append("it has convolutions, which read neighbouring tokens")
+        given = getattr(config, "rope_parameters", None) or {}
+        kinds = {
+            given.get("rope_type"),
+            *(kind.get("rope_type") for kind in given.values() if isinstance(kind, dict)),
+        }
+        if kinds & {"dynamic", "longrope"}:
+            reasons.append("its rotary positions follow the length, of which each rank sees a part")
         if causal.loss_function is not ForCausalLMLoss and causal.get_output_embeddings() is not None:
             reasons.append(f"its loss is {getattr(causal.loss_function, '__name__', 'another one')}")
     if reasons:
