@@ -221,12 +221,13 @@ There is no such dtype here.
     ),
     (
         "a plan of the reference that is too large",
-        lambda: plan(Causal(), length=65_536, heads=8, kernel="reference"),
+        lambda: plan(Causal(), length=65_536, heads=8, dtype=torch.float64, kernel="reference"),
         PlanError,
         """\
 The kernel reference cannot run this pattern on these tensors.
   pattern  Causal()
-  refused  reference  would need 137.4 GB for the scores, limit is 8 GB
+  refused  native  takes float32 or bfloat16, got float64
+           reference  would need 274.9 GB for the scores, limit is 8 GB
   try      kernel=None, which takes the first that can""",
     ),
 ]

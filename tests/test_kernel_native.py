@@ -58,7 +58,7 @@ def test_where_it_was_not_built_the_plan_says_so(plans: pytest.MonkeyPatch):
     plans.setattr(native, "MISSING", native.NOT_BUILT)
     assert (
         "  kernel     sdpa\n"
-        "  refused    native: not built: no C++ compiler was found when Longspan was installed; once there is one, "
+        "  refused    native: was not built from this version's source; where there is a C++ compiler, "
         "`python -m longspan.kernel.compiler` builds it\n"
     ) in str(plan(SlidingWindow(512), length=8192, heads=8))
 
@@ -103,6 +103,39 @@ def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv("CXX", str(failing))
     assert compiler.build() == ([], f"{failing} for plain: it is not C++")
     assert list(tmp_path.glob("*.so")) == []
+
+
+@needed
+def test_a_library_of_another_source_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What it takes may lie elsewhere in memory, which nothing but its name would tell."""
+    source = tmp_path / "native.cpp"
+    shutil.copy(compiler.SOURCE, source)
+    for name in compiler.SETS:
+        if compiler.library(name).exists():
+            shutil.copy(compiler.library(name), tmp_path)
+    monkeypatch.setattr(compiler, "SOURCE", source)
+    assert native._loaded()[1] == ""
+    source.write_text(source.read_text() + "// Changed.\n")
+    assert native._loaded() == (None, native.NOT_BUILT)
+
+
+def test_building_removes_libraries_of_other_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    source, building = tmp_path / "native.cpp", tmp_path / "building"
+    building.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "$2" > "$2"\n')
+    building.chmod(0o755)
+    monkeypatch.setattr(compiler, "SOURCE", source)
+    monkeypatch.setenv("CXX", str(building))
+    for text in ("one", "other"):
+        source.write_text(text)
+        made, problem = compiler.build()
+        assert problem == ""
+        assert set(tmp_path.glob("*.so")) == set(made)
+        written = {path: path.read_text() for path in made}
+        assert compiler.build() == (made, "")
+        assert {path: path.read_text() for path in made} == written
+    # Other options make another library too.
+    monkeypatch.setattr(compiler, "OPTIONS", (*compiler.OPTIONS, "-g"))
+    assert not set(compiler.build()[0]) & set(made)
 
 
 @needed

@@ -9,6 +9,7 @@ installed yet.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import shutil
@@ -30,12 +31,20 @@ ON_X86 = ("x86_64", "AMD64")
 
 
 def library(name: str) -> Path:
-    """Return where the library for an instruction set lies."""
-    return SOURCE.with_name(f"native_{name}.so")
+    """Return where the library for an instruction set lies.
+
+    Its name says what it was built from, so that one of another source, which may lay out its memory differently, is
+    never taken for this one.
+    """
+    made_from = SOURCE.read_bytes() + " ".join(OPTIONS + SETS[name]).encode()
+    return SOURCE.with_name(f"native_{name}_{hashlib.sha256(made_from).hexdigest()[:12]}.so")
 
 
 def build() -> tuple[list[Path], str]:
-    """Build what can be built beside the source and is not; return the libraries, and what went wrong or nothing."""
+    """Build what can be built beside the source and is not, and remove what was built from other sources.
+
+    Return the libraries, and what went wrong or nothing.
+    """
     compiler = next(
         (
             found
@@ -47,11 +56,10 @@ def build() -> tuple[list[Path], str]:
     if compiler is None:
         return [], "no C++ compiler was found: tried CXX, g++, c++ and clang++"
     made, problem = [], ""
-    newest = max(path.stat().st_mtime for path in (SOURCE, Path(__file__)))
     for name, flags in SETS.items():
         if flags and platform.machine() not in ON_X86:
             continue
-        if library(name).exists() and library(name).stat().st_mtime > newest:
+        if library(name).exists():
             made.append(library(name))
             continue
         fresh = library(name).with_suffix(f".{os.getpid()}")
@@ -67,6 +75,8 @@ def build() -> tuple[list[Path], str]:
             made.append(library(name))
         else:
             problem = f"{compiler} for {name}: {ran.stderr.strip()[-2000:]}"
+    for other in set(SOURCE.parent.glob("native_*.so")) - set(made):
+        other.unlink(missing_ok=True)
     return made, problem
 
 

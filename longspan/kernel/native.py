@@ -26,7 +26,7 @@ from longspan.score import Scores
 # Queries in a block; in a strip, which is what is skipped or computed as one; keys in a tile; keys in a chunk.
 ROWS, STRIP, TALL, CHUNK = 64, 16, 6, 96
 NOT_BUILT = (
-    "not built: no C++ compiler was found when Longspan was installed; once there is one, "
+    "was not built from this version's source; where there is a C++ compiler, "
     "`python -m longspan.kernel.compiler` builds it"
 )
 # Tensors that the library takes as they lie.

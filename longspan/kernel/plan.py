@@ -237,10 +237,10 @@ def plan(
 
     Example:
         >>> from longspan import SlidingWindow
-        >>> print(plan(SlidingWindow(512), length=8192, heads=8, kernel="sdpa"))
+        >>> print(plan(SlidingWindow(512), length=8192, heads=8, dtype="float64"))
         Plan
           pattern    SlidingWindow(512)
-          heads      8, width 64, float32
+          heads      8, width 64, float64
           queries    0 to 8,191 reading keys 0 to 8,191
           pairs      32,507,904, 6.06% of all
           most keys  512 for one query
@@ -248,8 +248,9 @@ def plan(
           layout     contiguous
           computed   40,372,224, 1.24 times the pairs
           flops      8,322,023,424 forward
-          workspace  33.5 MB forward, 136.2 MB backward at most
+          workspace  67.0 MB forward, 138.3 MB backward at most
           kernel     sdpa
+          refused    native: takes float32 or bfloat16, got float64
           heads 0 to 7
             1 x causal 512 queries by 512 keys
             60 x masked 128 queries by 640 keys, 80% of it read
