@@ -40,7 +40,7 @@ def command(
     margin: Annotated[
         float | None,
         typer.Option(
-            metavar="F", help="Stretch this much further than the lengths ask for.", show_default="1.25"
+            metavar="F", help="Stretch this much further than the lengths ask for.", show_default="1.5"
         ),
     ] = None,
     pattern: Annotated[
@@ -70,7 +70,11 @@ def command(
     ] = None,
     stages: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Parts of the training, windows doubling in each.", show_default="1"),
+        typer.Option(
+            metavar="N",
+            help="Parts of the training, windows doubling in each.",
+            show_default="3, from windows of 1,024 tokens on",
+        ),
     ] = None,
     positions: Annotated[
         str | None,
@@ -89,7 +93,7 @@ def command(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="175")
+        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="450")
     ] = None,
     batch: Annotated[
         int | None, typer.Option(metavar="N", help="Windows at a time, on each device.", show_default="1")
@@ -103,7 +107,7 @@ def command(
         typer.Option(metavar="R", help="Peak learning rate.", show_default="1.5e-3, 2e-5 for full"),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default="16")
+        int | None, typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default="32")
     ] = None,
     repeats: Annotated[
         float | None,

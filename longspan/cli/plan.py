@@ -21,7 +21,7 @@ def command(
     speed: Annotated[
         float, typer.Option(metavar="TFLOPS", help="What each sustains, in 10^12 operations per second.")
     ] = 300.0,
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 175,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 450,
 ) -> None:
     """Say what an extension would take, and which way to go.
 

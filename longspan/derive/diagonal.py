@@ -42,17 +42,16 @@ class Staircases:
 def staircases(term: Pattern, queries: range, keys: range) -> Staircases | None:
     """Return a relation as staircases, or None where it is something else.
 
-        Args:
-            term: a relation without sinks, as a region has it.
-            queries, keys: positions, not empty.
+    Args:
+        term: a relation without sinks, as a region has it.
+        queries, keys: positions, not empty.
 
-        Example:
-            >>> from longspan.derive.region import undecided
-    from longspan.pattern import Causal, Every, Window
-            >>> far = Causal() & Every(128) - Window(128)
-            >>> found = staircases(far, range(1_048_576), range(1_048_576))
-            >>> found.step, len(found.first), set(found.key_class.tolist()), set(found.first.tolist())
-            (128, 128, {0}, {1})
+    Example:
+        >>> from longspan.pattern import Causal, Every, Window
+        >>> far = Causal() & Every(128) - Window(128)
+        >>> found = staircases(far, range(1_048_576), range(1_048_576))
+        >>> found.step, len(found.first), set(found.key_class.tolist()), set(found.first.tolist())
+        (128, 128, {0}, {1})
     """
     period, (query_step, key_step) = term.period, term.steps
     if period is None or (queries.step, keys.step) != (1, 1):

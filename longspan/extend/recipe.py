@@ -16,8 +16,10 @@ METHODS = ("full", "lora", "lora+", "qlora")
 _RATES = {"full": 2e-5}
 _RATE = 1.5e-3
 
-# The longest window that is whole unless told otherwise.
+# The longest window that is whole unless told otherwise; the shortest one of a stage, and the most stages.
 _WHOLE = 4096
+_SHORTEST = 1024
+_STAGES = 3
 
 _CHOICES = {
     "method": METHODS,
@@ -61,9 +63,10 @@ class Recipe:
         window: tokens of a training window. None is `length` up to 4,096, and a quarter of a longer one but no fewer,
             where positions skip; it is `length` where they cannot, or where processes share each window.
         stages: parts of the training, of equally many steps; the last has windows of full size, and every one
-            before half of the next.
+            before half of the next. None is three, or fewer whose windows have 1,024 tokens, where positions skip
+            in the short ones; else one.
         positions: what happens in windows shorter than `length`. "skipping": positions jump once, so that a window
-            reaches over all of `length` (PoSE); "counted": they count on, as far as the window goes.
+            reaches over all of `length` and its margin (PoSE); "counted": they count on, as far as the window goes.
         documents: "joined": a window reads over the ends of documents; "packed": every document in it is read alone.
         steps: updates of the weights.
         batch: windows at a time, on each device.
@@ -101,18 +104,18 @@ class Recipe:
     column: str | None = None
     length: int = 4096
     rope: str = "yarn"
-    margin: float = 1.25
+    margin: float = 1.5
     pattern: str = "Streaming({5/16}, sinks={1/4})"
     method: str = "lora+"
     window: int | None = None
-    stages: int = 1
+    stages: int | None = None
     positions: str = "skipping"
     documents: str = "joined"
-    steps: int = 175
+    steps: int = 450
     batch: int = 1
     accumulate: int = 1
     rate: float | None = None
-    rank: int = 16
+    rank: int = 32
     repeats: float = 0.0
     passkeys: float = 1.0
     activations: str = "kept"
@@ -129,6 +132,8 @@ class Recipe:
             object.__setattr__(self, "rate", _RATES.get(self.method, _RATE))
         if self.window is None:
             object.__setattr__(self, "window", self._usual_window())
+        if self.stages is None:
+            object.__setattr__(self, "stages", self._usual_stages())
         for name, known in _CHOICES.items():
             _check_choice(name, getattr(self, name), known)
         for name, least in _LEAST.items():
@@ -162,13 +167,24 @@ class Recipe:
             )
 
     def _usual_window(self) -> int:
-        skips = self.positions == "skipping" and self.documents == "joined" and self.sequence_ranks == 1
-        return max(_WHOLE, self.length // 4) if skips and self.length > _WHOLE else self.length
+        return max(_WHOLE, self.length // 4) if self._may_skip() and self.length > _WHOLE else self.length
+
+    def _usual_stages(self) -> int:
+        doublings = max(self.window // _SHORTEST, 1).bit_length() if self._may_skip() else 1
+        return max(1, min(_STAGES, doublings, self.steps))
+
+    def _may_skip(self) -> bool:
+        return self.positions == "skipping" and self.documents == "joined" and self.sequence_ranks == 1
 
     @property
     def skips(self) -> bool:
         """Whether positions jump in some windows."""
         return self.positions == "skipping" and self.windows[0] < self.length
+
+    @property
+    def reach(self) -> int:
+        """Positions over which windows that skip reach: without the margin, far distances would be the rarest."""
+        return round(self.length * self.margin)
 
     @property
     def windows(self) -> tuple[int, ...]:

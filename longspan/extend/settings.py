@@ -71,9 +71,10 @@ def write(recipe: Recipe, path: Path) -> None:
     versions = ", ".join(f"{name} {version(name) or 'not installed'}" for name in _PACKAGES)
     head = f"# {versions}\n# Repeat: longspan extend --config {path.name} --output FOLDER\n"
     values = asdict(recipe)
-    if recipe.window == replace(recipe, window=None).window:
-        # It follows the length, also where the file is read with another one.
-        values["window"] = None
+    for name in ("window", "stages"):
+        if getattr(recipe, name) == getattr(replace(recipe, **{name: None}), name):
+            # It follows the length, also where the file is read with another one.
+            values[name] = None
     text = head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     # A file that is there is whole: it is written under another name, and renamed.
     unfinished = path.with_suffix(".writing")

@@ -62,7 +62,7 @@ class TrainingWindows(torch.utils.data.Dataset):
             labels[starts] = _IGNORED
             item |= {"labels": labels, "position_ids": torch.from_numpy(restarting(starts, window))}
         if recipe.skips and window < recipe.length:
-            positions = skipping(window, reach=recipe.length, rng=rng)
+            positions = skipping(window, reach=recipe.reach, rng=rng)
             # Without a mask, positions that jump would begin another document.
             item |= {"position_ids": torch.from_numpy(positions), "attention_mask": torch.ones_like(ids)}
         return item
