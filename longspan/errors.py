@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+
+# Members of a list in a text: numbers, or lists of them.
+_MEMBERS = (r"-?\d+", r"\([^()]*\)")
+# How many members are shown at the beginning and at the end of a list that is longer than both, and some more.
+_FIRST, _LAST, _SPARED = 6, 2, 9
 
 
 class LongspanError(Exception):
@@ -45,5 +51,27 @@ def message(problem: str, facts: Mapping[str, str | Sequence[str]] | None = None
     for label, text in rows.items():
         items = [text] if isinstance(text, str) else list(text)
         for number, item in enumerate(items):
-            lines.append(f"  {label if number == 0 else '':<{width}}  {item}")
+            # What is to be pasted stays whole.
+            shown = item if label == "try" else elided(item)
+            lines.append(f"  {label if number == 0 else '':<{width}}  {shown}")
     return "\n".join(lines)
+
+
+def elided(text: str) -> str:
+    """Return a text for people to read, in which long lists of numbers, or of lists of them, have no middle.
+
+    Example:
+        >>> elided(str(tuple(range(100))))
+        '(0, 1, 2, 3, 4, 5, ... 92 more ..., 98, 99)'
+        >>> elided("Documents((3, 4, 5))")
+        'Documents((3, 4, 5))'
+    """
+    for member in _MEMBERS:
+        long = rf"(?:{member}, ){{{_FIRST + _LAST + _SPARED - 1},}}{member}"
+        text = re.sub(long, lambda found, member=member: _ends(re.findall(member, found[0])), text)  # type: ignore[misc]
+    return text
+
+
+def _ends(members: Sequence[str]) -> str:
+    left = len(members) - _FIRST - _LAST
+    return ", ".join([*members[:_FIRST], f"... {left} more ...", *members[-_LAST:]])

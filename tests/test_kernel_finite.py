@@ -14,7 +14,7 @@ from longspan.derive.mask import mask
 from longspan.kernel import frame, native, sdpa
 from longspan.kernel import plan as plan_module
 from longspan.kernel.parts import parts
-from longspan.pattern import Causal, LongNet, Nothing, Pattern, PerHead, SlidingWindow, Streaming
+from longspan.pattern import Causal, LongNet, Nothing, Pattern, PerHead, Sink, SlidingWindow, Streaming
 from longspan.score import ALiBi, Sinks
 
 # Those that have gradients on cpu.
@@ -65,6 +65,8 @@ def graded(given: list[torch.Tensor], pattern: Pattern, kernel: str, scores=()) 
 # What is spoiled, and by what; places are (batch, head, position).
 SPOILED = {
     "query": (0, math.nan),
+    "query infinite": (0, math.inf),
+    "query infinite below": (0, -math.inf),
     "key": (1, math.nan),
     "value": (2, math.nan),
     "value infinite": (2, math.inf),
@@ -109,6 +111,34 @@ def test_nothing_reaches_what_does_not_read_it(pattern: Pattern, scores: tuple, 
         ):
             assert one[where].isnan().all(), f"{name}: a number where NaN was read"
             torch.testing.assert_close(one[~where], right[~where], rtol=0, atol=near, msg=name)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_key_weighs_nothing_or_is_no_number(sign: int, kernel: str):
+    """Scores of infinity are NaN everywhere; those of minus infinity alone are NaN or a weight of 0, as documented."""
+    dtype, near = precision(kernel)
+    given = sides(dtype)
+    # All queries of a head are on one side of the key.
+    given[0] = given[0].abs() + 0.1
+    given[1][:, :, 12, 3] = sign * math.inf
+    pattern = Causal() & ~SlidingWindow(3)
+    reads = mask(pattern, length=LENGTH)[:, 12]
+    got = graded(given, pattern, kernel)
+    _, right = attend_with_lse(*given[:3], pattern & ~_key(12), kernel="sdpa")
+    struck, lse = got[0].isnan().any(-1), got[1]
+    assert not struck[..., ~reads].any() and torch.equal(struck, lse.isnan())
+    assert struck[..., reads].all() or (sign < 0 and kernel != "reference")
+    torch.testing.assert_close(lse[~struck], right[~struck], rtol=0, atol=near)
+    # 0 times infinity is no number, whichever way the output went.
+    touched = mask(pattern, length=LENGTH)[reads].any(0)
+    for grad, where in zip(got[2:], (reads, touched, touched), strict=True):
+        assert torch.equal(grad.isnan().any(-1), where.expand(grad.shape[:-1]))
+
+
+def _key(at: int) -> Pattern:
+    """Return the pattern that reads one key."""
+    return Sink(at + 1) & ~Sink(at)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -10,8 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from longspan import attend_with_lse
-from longspan.kernel import plan, sdpa
-from longspan.pattern import Causal, LongMixed, LongNet, Pattern, SlidingWindow, Streaming
+from longspan import plan as planned
+from longspan.kernel import native, plan, sdpa
+from longspan.pattern import (
+    S2,
+    SCCA,
+    SDA,
+    Causal,
+    Longformer,
+    LongMixed,
+    LongNet,
+    Pattern,
+    SlidingWindow,
+    Streaming,
+)
 
 LENGTH, HEADS, WIDTH = 4096, 4, 8
 
@@ -62,3 +74,23 @@ def test_results_do_not_follow_the_workspace(workspace: int, monkeypatch: pytest
     monkeypatch.setattr(sdpa, "WORKSPACE", workspace)
     for got, right in zip(attend_with_lse(*side, LongMixed(32), kernel="sdpa"), truth, strict=True):
         torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
+
+
+LINEAR = [
+    SlidingWindow(512),
+    S2(2_048),
+    SCCA(1_024),
+    SDA(2_048),
+    LongMixed(1_024),
+    LongNet(),
+    Streaming(508),
+    Longformer(256, global_tokens=16),
+]
+
+
+@pytest.mark.parametrize("pattern", LINEAR, ids=str)
+def test_a_million_tokens_take_little_memory_beside_their_own(pattern: Pattern):
+    if native.MISSING:
+        pytest.skip(f"native {native.MISSING}")
+    found = planned(pattern, length=1_048_576, heads=8, kernel="native")
+    assert 0 < max(found.workspace) < 256 * 10**6

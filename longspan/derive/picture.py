@@ -11,7 +11,7 @@ from longspan.derive.bins import bins
 from longspan.derive.extent import extent
 from longspan.derive.panel import Layer, Panel
 from longspan.derive.sheet import sheet
-from longspan.errors import InputError, ShapeError, message
+from longspan.errors import InputError, ShapeError, elided, message
 from longspan.pattern import Pattern, Progression
 
 _BLANK, _SHADES, _FULL = "·", "░▒▓", "█"
@@ -160,7 +160,7 @@ def gallery(
     shape = (-(-len(queries) // places), -(-len(keys) // places))
     return Picture(
         tuple(
-            Panel(title, str(pattern), queries, keys, _layers(pattern, queries, keys, heads, shape))
+            Panel(title, elided(str(pattern)), queries, keys, _layers(pattern, queries, keys, heads, shape))
             for title, pattern in patterns.items()
         )
     )

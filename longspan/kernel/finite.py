@@ -55,7 +55,8 @@ def contained(
     sides = _Enter.apply(query, key, value, record)
     if not record.quiet:
         output, lse = act(*sides)
-    if record.quiet or not output.sum().isfinite():
+    # An infinite query whose scores are all minus infinity may leave no trace in the output.
+    if record.quiet or not (output.sum() + query.sum()).isfinite():
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if record.quiet or rows.any() or keys.any():
             finite = (cleared(side, where) for side, where in zip(sides, (rows, keys, keys), strict=True))

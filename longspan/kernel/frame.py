@@ -98,7 +98,8 @@ class Frame:
     def _contained(self, query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
         output, lse, finite = self.sums(query, key, value, work)
-        if finite:
+        # An infinite query whose scores are all minus infinity leaves no trace in the sums.
+        if finite and query.sum().isfinite():
             return output, lse
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if not (rows.any() or keys.any()):

@@ -9,7 +9,7 @@ import torch
 
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
-from longspan.errors import PlanError, ShapeError, message
+from longspan.errors import PlanError, ShapeError, elided, message
 from longspan.kernel import family, flash, flex, native, sdpa
 from longspan.kernel.bands import BandGroup, band_groups
 from longspan.kernel.bias import KEPT
@@ -155,7 +155,7 @@ class Plan:
         share = self.pairs / dense if dense else 0.0
         found = self.blocks
         rows = [
-            ("pattern", str(self.pattern)),
+            ("pattern", elided(str(self.pattern))),
             ("heads", f"{self.heads}, width {self.width}, {self.dtype}"),
             ("queries", f"{_span(self.queries)} reading keys {_span(self.keys)}"),
             ("pairs", f"{self.pairs:,}, {share:.2%} of all"),
