@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from accelerate import Accelerator
 from hf_models import FULL, GEMMA2, WINDOWED, model_of, padding, tokens
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import DynamicCache
+from torch.utils.data import DataLoader
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from longspan.errors import LongspanError
 from longspan.extend.loss import chunked
-from longspan.hf import PatternCache, held, sequence_parallel, set_pattern
+from longspan.hf import PatternCache, held, sequence_parallel, set_pattern, share_batches
 from longspan.layout import contiguous, striped, zigzag
 from longspan.pattern import Causal, LongMixed, LongNet, Streaming
 
@@ -148,6 +152,77 @@ def trained(rank: int) -> list[str]:
             off = (whole - weights[name]).abs().max().item()
             if not off <= (1e-12 if wrap == "ddp" else 1e-6):
                 wrong.append(f"{wrap}: {name} is off by {off:.1e}")
+    return wrong
+
+
+class _Shared(Trainer):
+    """The Trainer as it is, but that both ranks are given the same batches."""
+
+    def get_train_dataloader(self) -> Any:
+        return share_batches(super().get_train_dataloader(), 2)
+
+
+def looped(rank: int, folder: Path) -> list[str]:
+    """Take two steps with the Trainer and two with accelerate, each text on both ranks; hold both to one process."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, LENGTH)]
+    alone = model_of(FULL["llama"])
+    losses = []
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for one in (rows[:2], rows[2:]):
+        ids = torch.stack([row["input_ids"] for row in one])
+        loss = alone(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    found = {}
+
+    model = model_of(FULL["llama"])
+    arguments = TrainingArguments(
+        str(folder / f"trained{rank}"),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        train_sampling_strategy="sequential",
+        optim="sgd",
+    )
+    with sequence_parallel(model):
+        trainer = _Shared(model=model, args=arguments, train_dataset=rows)
+        trainer.train()
+    found["Trainer"] = model, [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    model = model_of(FULL["llama"])
+    accelerator = Accelerator(cpu=True)
+    wrapped, optimizer, loader = accelerator.prepare(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), DataLoader(rows, batch_size=2)
+    )
+    seen = []
+    with sequence_parallel(wrapped):
+        for batch in share_batches(loader, 2):
+            loss = wrapped(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+    found["accelerate"] = model, seen
+
+    wrong = []
+    for name, (got, seen) in found.items():
+        if not torch.allclose(torch.tensor(seen), torch.tensor(losses), rtol=0, atol=1e-5):
+            wrong.append(f"{name}: losses {seen}, not {losses}")
+        for (label, weight), whole in zip(got.named_parameters(), alone.parameters(), strict=True):
+            off = (weight - whole).abs().max().item()
+            if not off <= 1e-6:
+                wrong.append(f"{name}: {label} is off by {off:.1e}")
     return wrong
 
 

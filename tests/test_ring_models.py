@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from accelerate.data_loader import BatchSamplerShard
 from hf_models import FULL, model_of
-from model_cases import equal, refusals, trained, written
+from model_cases import equal, looped, refusals, trained, written
 from ranks import together
+from torch.utils.data import BatchSampler
 
-from longspan.errors import InputError
+from longspan.errors import InputError, PlanError
+from longspan.hf import set_pattern, share_batches
+from longspan.hf.held import HeldCache
 from longspan.hf.sequence import require
+from longspan.pattern import Causal
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -65,3 +71,53 @@ def test_a_model_with_other_ways_between_tokens_is_refused():
         "  why    some of its layers are of another kind: linear_attention\n"
         "  try    a decoder of transformers, such as Llama, Mistral, Qwen or Gemma"
     )
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_positions_that_follow_the_length_are_refused(kind: str):
+    model = model_of(FULL["llama"])
+    model.config.rope_parameters = {"rope_type": kind, "rope_theta": 10_000.0}
+    with pytest.raises(InputError) as refused:
+        require(model, model)
+    assert str(refused.value) == (
+        "This model cannot read texts that are split among ranks.\n"
+        "  model  LlamaForCausalLM\n"
+        "  why    its rotary positions follow the length, of which each rank sees a part\n"
+        "  try    a decoder of transformers, such as Llama, Mistral, Qwen or Gemma"
+    )
+
+
+def test_batches_that_cannot_be_shared_are_refused():
+    batches = BatchSampler(range(8), 2, drop_last=False)
+    loader = SimpleNamespace(batch_sampler=BatchSamplerShard(batches, num_processes=4, process_index=2))
+    said = []
+    for given in (loader, SimpleNamespace(batch_sampler=batches)):
+        with pytest.raises(InputError) as refused:
+            share_batches(given, 3)
+        said.append(str(refused.value))
+    assert said == [
+        "These processes cannot be given the same batches.\n"
+        "  asked  share_batches(loader, 3)\n"
+        "  why    there are 4 processes\n"
+        "  try    a number that divides that of the processes",
+        "These processes cannot be given the same batches.\n"
+        "  asked  share_batches(loader, 3)\n"
+        "  why    BatchSampler does not deal out whole batches to processes\n"
+        "  try    a map-style dataset",
+    ]
+
+
+def test_a_held_cache_takes_nothing_back():
+    model = model_of(FULL["llama"])
+    set_pattern(model, Causal())
+    with pytest.raises(PlanError) as refused:
+        HeldCache(model, None).layers[0].check_crop(1)
+    assert str(refused.value) == (
+        "This cache cannot be read here.\n"
+        "  why  tokens are taken back, whose neighbours lie on other ranks\n"
+        "  try  decoding without assistance"
+    )
+
+
+def test_plain_training_loops_equal_one_process(tmp_path: Path):
+    assert together(tmp_path, 2, looped, tmp_path) == [[]] * 2
