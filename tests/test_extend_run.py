@@ -86,9 +86,7 @@ def test_the_checkpoint_is_plain(source, text, tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     assert config["max_position_embeddings"] == LENGTH
-    assert (
-        config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == LENGTH / round(64 / 1.5)
-    )
+    assert config["rope_parameters"]["factor"] == config["rope_scaling"]["factor"] == LENGTH / round(64 / 1.5)
     assert "attention_factor" not in config["rope_parameters"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config._attn_implementation == "sdpa"
