@@ -38,22 +38,49 @@ WIDTH, HEADS = 256, 8
 
 
 class Stage(NamedTuple):
-    """A part of the training: its share of all steps, the length of its windows, and the shares of their kinds."""
+    """A part of a run: its steps, the length of its windows, the shares of their kinds, and of keys of few symbols."""
 
-    share: float
+    steps: int
     length: int
     repeats: float
     passkeys: float
     needles: float
+    few: float = 0.0
 
 
-STAGES = [
-    Stage(0.10, 64, 0.50, 0.00, 0.00),
-    Stage(0.12, 128, 0.40, 0.10, 0.00),
-    Stage(0.18, 256, 0.25, 0.15, 0.00),
-    Stage(0.45, 512, 0.20, 0.15, 0.10),
-    Stage(0.15, 512, 0.40, 0.20, 0.10),
-]
+class Run(NamedTuple):
+    """Stages that share their optimizers and one rise and fall of the rates, and the rates' size."""
+
+    stages: tuple[Stage, ...]
+    scale: float
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """Return the stage of a step, counted from 1."""
+        for stage in self.stages:
+            if step <= stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"the run ends before step {step + self.steps}")
+
+
+# The first run learns the language and to look back; the second one to copy keys whose digits come twice.
+RUNS = (
+    Run(
+        (
+            Stage(160, 64, 0.50, 0.00, 0.00),
+            Stage(192, 128, 0.40, 0.10, 0.00),
+            Stage(288, 256, 0.25, 0.15, 0.00),
+            Stage(720, 512, 0.20, 0.15, 0.10),
+            Stage(240, 512, 0.40, 0.20, 0.10),
+        ),
+        scale=1.0,
+    ),
+    Run((Stage(600, 512, 0.35, 0.25, 0.10, few=0.5),), scale=0.5),
+)
 BATCH_TOKENS = 8192
 # An answer is a handful of tokens in a window of hundreds; each counts as many times as this in the loss.
 ANSWER = 8.0
@@ -173,9 +200,12 @@ def batch(
         corpus = texts if rng.random() < PROSE else sources
         answer = 0
         if kind < stage.repeats:
-            row = repeated_segments(corpus, length=size, rng=rng)
+            row = repeated_segments(corpus, length=size, rng=rng, few=stage.few)
         elif kind < stage.repeats + stage.passkeys:
-            prompt = passkey_prompt(tokenizer, corpus, length=size, depth=rng.random(), rng=rng)
+            symbols = int(rng.integers(2, 4)) if rng.random() < stage.few else 10
+            prompt = passkey_prompt(
+                tokenizer, corpus, length=size, depth=rng.random(), rng=rng, symbols=symbols
+            )
             row, answer = prompt.ids, prompt.answer
         elif kind < stage.repeats + stage.passkeys + stage.needles:
             row, answer = needles(tokenizer, corpus, length=size, rng=rng)
@@ -225,17 +255,42 @@ def text_loss(model, tokenizer, corpus, length, windows=6, scored=256) -> float:
     return float(torch.stack(losses).mean())
 
 
+def optimizers_of(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
+    """Return Muon for the matrices and AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(matrices, lr=0.05, momentum=0.95, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return the mean of the tokens' losses, each counted by its weight."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids, use_cache=False).logits
+    losses = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
+    )
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--output", type=Path, required=True)
-    arguments.add_argument("--steps", type=int, default=1600)
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--start", type=Path, help="what the first run left, to begin with the second")
     given = arguments.parse_args()
 
     torch.manual_seed(given.seed)
     rng = np.random.default_rng(given.seed)
     tokenizer = byte_tokenizer()
     model = untrained_model(tokenizer)
+    runs = RUNS
+    if given.start:
+        model = LlamaForCausalLM.from_pretrained(given.start, dtype=torch.float32)
+        runs = RUNS[1:]
     training, validation = split(standard_library())
     sources, texts, held = (encode(some, tokenizer) for some in (training, prose(training), validation))
     print(
@@ -244,68 +299,60 @@ def main() -> None:
         flush=True,
     )
 
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.05, momentum=0.95, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-
     begun = time.monotonic()
     history = []
     tokens = 0
-    for step in range(1, given.steps + 1):
-        done = (step - 1) / given.steps
-        stage, reached = STAGES[-1], 0.0
-        for candidate in STAGES:
-            reached += candidate.share
-            if done < reached:
-                stage = candidate
-                break
-        # Linear warm-up over 100 steps, constant, then a linear fall over the last 40 % of the run.
-        scale = min(step / 100, 1.0, max((1 - done) / 0.4, 0.02))
-        for peak, optimizer in zip(peaks, optimizers, strict=True):
-            for group in optimizer.param_groups:
+    for number, run in enumerate(runs, len(RUNS) - len(runs) + 1):
+        optimizers = optimizers_of(model)
+        peaks = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+        for step in range(1, run.steps + 1):
+            done = (step - 1) / run.steps
+            stage = run.stage(step)
+            # Linear warm-up over 100 steps, constant, then a linear fall over the last 40 % of the run.
+            scale = run.scale * min(step / 100, 1.0, max((1 - done) / 0.4, 0.02))
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for peak, group in zip(peaks, groups, strict=True):
                 group["lr"] = peak * scale
-        ids, weights = batch(sources, texts, tokenizer, stage, rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = model(ids, use_cache=False).logits
-        losses = torch.nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none"
-        )
-        weights = weights[:, 1:].flatten()
-        loss = (losses * weights).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens += ids.numel()
-        if step % 100 == 0:
-            model.eval()
-            row = {
-                "step": step,
-                "tokens": tokens,
-                "minutes": round((time.monotonic() - begun) / 60, 1),
-                "length": stage.length,
-                "loss": round(loss.item(), 3),
-                "perplexity_512": round(math.exp(text_loss(model, tokenizer, held, 512)), 3),
-                "perplexity_4096": round(math.exp(text_loss(model, tokenizer, held, 4096)), 3),
-                "passkey": passkey_share(model, tokenizer, held, stage.length, np.random.default_rng(step))
-                if stage.length > 64
-                else None,
-            }
-            model.train()
-            history.append(row)
-            print(json.dumps(row), flush=True)
-        if step % 200 == 0:
-            model.save_pretrained(given.output / "latest")
-            tokenizer.save_pretrained(given.output / "latest")
+            ids, weights = batch(sources, texts, tokenizer, stage, rng)
+            loss = loss_of(model, ids, weights)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            tokens += ids.numel()
+            if step % 100 == 0:
+                model.eval()
+                row = {
+                    "run": number,
+                    "step": step,
+                    "tokens": tokens,
+                    "minutes": round((time.monotonic() - begun) / 60, 1),
+                    "length": stage.length,
+                    "loss": round(loss.item(), 3),
+                    "perplexity_512": round(math.exp(text_loss(model, tokenizer, held, 512)), 3),
+                    "perplexity_4096": round(math.exp(text_loss(model, tokenizer, held, 4096)), 3),
+                    "passkey": passkey_share(
+                        model, tokenizer, held, stage.length, np.random.default_rng(step)
+                    )
+                    if stage.length > 64
+                    else None,
+                }
+                model.train()
+                history.append(row)
+                print(json.dumps(row), flush=True)
+            if step % 200 == 0:
+                save(model, tokenizer, given.output / "latest")
+        save(model, tokenizer, given.output / f"run{number}")
     # The packaged weights are bfloat16, half the size.
-    model.bfloat16().save_pretrained(given.output / "final")
-    tokenizer.save_pretrained(given.output / "final")
+    save(model.bfloat16(), tokenizer, given.output / "final")
     (given.output / "history.json").write_text(json.dumps(history, indent=1) + "\n")
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write weights, configuration and tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

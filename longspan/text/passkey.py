@@ -30,7 +30,7 @@ class PasskeyPrompt:
 
 
 def passkey_prompt(
-    tokenizer: Any, filler: Corpus, *, length: int, depth: float, rng: np.random.Generator
+    tokenizer: Any, filler: Corpus, *, length: int, depth: float, rng: np.random.Generator, symbols: int = 10
 ) -> PasskeyPrompt:
     """Hide a random five-digit key in filler text and ask for it at the end.
 
@@ -40,11 +40,16 @@ def passkey_prompt(
         length: tokens in all, answer included.
         depth: where the key stands, 0 is the beginning of the filler and 1 its end.
         rng: source of the key and of the place of the filler.
+        symbols: how many digits there are to draw from. Of a few, most come twice, and a model that copies by the
+            token before alone loses its place.
 
     References:
         Mohtashami and Jaggi, Landmark Attention (arXiv 2305.16300), section 4.2; the wording is ours.
     """
-    key = "".join(str(digit) for digit in rng.integers(0, 10, DIGITS))
+    drawn = rng.integers(0, symbols, DIGITS)
+    if symbols < 10:
+        drawn = rng.permutation(10)[drawn]
+    key = "".join(str(digit) for digit in drawn)
     header, needle, question, answer = (
         tokenizer(part.format(key=key), add_special_tokens=False)["input_ids"]
         for part in (_HEADER, _NEEDLE, _QUESTION, _ANSWER)
