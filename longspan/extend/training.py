@@ -90,7 +90,7 @@ def train(
         gradient_accumulation_steps=recipe.accumulate,
         learning_rate=recipe.rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(1, min(20, recipe.steps // 10)),
+        warmup_steps=min(20, recipe.steps // 10),
         adam_beta2=0.95,
         max_grad_norm=1.0,
         bf16=bfloat16_is_fast(on_cpu),
