@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longspan.cache.storage import PIECE, kept_slots, weighed
 from longspan.errors import ShapeError, message
+from longspan.kernel.slots import Slots, readable
 
 # The page of slots that are nobody's; it is never given away.
 _NOBODY = 0
@@ -68,6 +69,8 @@ class Pool:
         self.key = torch.zeros((pages + 1, size, width), dtype=dtype, device=device)
         self.value = torch.zeros((pages + 1, size, value_width), dtype=dtype, device=device)
         self._holders = torch.zeros(pages + 1, dtype=torch.int64)
+        # What is nobody's is never one's own.
+        self._holders[_NOBODY] = 2
         self._free = list(range(pages, _NOBODY, -1))
 
     @property
@@ -141,7 +144,7 @@ class Pages:
                 )
             )
         self.pool, self.used = pool, 0
-        self.table = torch.zeros((*key.shape[:2], 0), dtype=torch.int64)
+        self._list(torch.zeros((*key.shape[:2], 0), dtype=torch.int64))
 
     def __del__(self) -> None:
         if hasattr(self, "table"):
@@ -157,14 +160,23 @@ class Pages:
         return int((held != _NOBODY).sum()) * self.pool.page_bytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        if key.shape[2] == 1 and self.free and not self.pool.shared(last := self.table[:, :, -1]).any():
-            # The most frequent case, one more token in pages of one's own, asks the pool for nothing.
-            slot = self.used % self.pool.size
-            self.pool.key[last, slot], self.pool.value[last, slot] = key[:, :, 0], value[:, :, 0]
-            self.used += 1
-            return
         size, end = self.pool.size, self.used + key.shape[2]
-        more = -(-end // size) - self.table.shape[2]
+        if key.shape[2] == 1 and self._tail is not None and self.free:
+            # The most frequent case, one more token in pages of one's own, asks the pool for nothing.
+            places = self._tail + self.used % size
+        else:
+            self._make_room(end)
+            slots = torch.arange(self.used, end)
+            places = (self.table[:, :, slots // size] * size + slots % size).flatten()
+            self._tail = self.table[:, :, -1].flatten() * size
+        places = places.to(key.device)
+        for pages, side in ((self.pool.key, key), (self.pool.value, value)):
+            pages.view(-1, side.shape[3]).index_copy_(0, places, side.reshape(-1, side.shape[3]))
+        self.used = end
+
+    def _make_room(self, end: int) -> None:
+        """Take pages for all slots up to an end, and copies of those that others hold too and that will be written to."""
+        more = -(-end // self.pool.size) - self.table.shape[2]
         # Only the last page is written to again, if it has slots left.
         tail = self.table[:, :, self.table.shape[2] - bool(self.free) :]
         crowded = self.pool.shared(tail)
@@ -176,12 +188,7 @@ class Pages:
                 pages[copies] = pages[before]
             self.pool.give_back(before)
             tail[crowded] = copies
-        self.table = torch.cat([self.table, fresh.reshape(*self.table.shape[:2], more)], dim=2)
-        slots = torch.arange(self.used, end)
-        places = self.table[:, :, slots // size]
-        self.pool.key[places, slots % size] = key
-        self.pool.value[places, slots % size] = value
-        self.used = end
+        self._list(torch.cat([self.table, fresh.reshape(*self.table.shape[:2], more)], dim=2))
 
     def read(self) -> tuple[Tensor, Tensor]:
         key, value = (
@@ -190,6 +197,8 @@ class Pages:
         return key, value
 
     def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
+        if readable(query, self.pool.key):
+            return self._slots.weigh(query, bias, scale, begin, self.used)
         exact = torch.promote_types(query.dtype, torch.float32)
         keys, values = (self._pieces(side, exact, begin) for side in (self.pool.key, self.pool.value))
         scores = torch.cat([query.to(exact) @ piece.mT for piece in keys], dim=-1) * scale
@@ -218,7 +227,7 @@ class Pages:
         index = origin.clamp(min=0)[:, None].expand(batch, heads, -1)
         kept = self.table[:, :, :whole].gather(2, index).masked_fill((origin < 0)[:, None], _NOBODY)
         before = self.table
-        self.table = torch.cat([kept, tail], dim=2)
+        self._list(torch.cat([kept, tail], dim=2))
         self.pool.hold(self.table)
         self.pool.give_back(before)
         slots = (
@@ -233,14 +242,25 @@ class Pages:
     def truncate(self, used: int) -> None:
         pages = -(-used // self.pool.size)
         self.pool.give_back(self.table[:, :, pages:])
-        self.table, self.used = self.table[:, :, :pages], used
+        self._list(self.table[:, :, :pages])
+        self.used = used
 
     def select(self, rows: Tensor) -> Pages:
         chosen = object.__new__(type(self))
-        chosen.pool, chosen.used, chosen.table = self.pool, self.used, self.table[rows.cpu()]
+        chosen.pool, chosen.used = self.pool, self.used
+        chosen._list(self.table[rows.cpu()])
         self.pool.hold(chosen.table)
+        # From now on its pages are no longer its alone.
+        self._tail = None
         return chosen
 
     def release(self) -> None:
         self.pool.give_back(self.table)
-        self.table, self.used = self.table[:, :, :0], 0
+        self._list(self.table[:, :, :0])
+        self.used = 0
+
+    def _list(self, table: Tensor) -> None:
+        self.table = table.contiguous()
+        self._slots = Slots(self.pool.key, self.pool.value, table=self.table)
+        # First slots of the last pages, in all pages, where nobody else holds those; None where that is not known.
+        self._tail: Tensor | None = None

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from longspan.kernel.slots import Slots, readable
 
 # Numbers of a piece of what is not held as it is read.
 PIECE = 1 << 17
@@ -73,41 +74,41 @@ class Plain:
 
     Args:
         key, value: `[batch, heads, tokens, width]`, whose shapes, dtype and device are taken over.
+
+    Attributes:
+        buffers: of key and value, `[batch, heads, slots, width]`, free slots included.
     """
 
     def __init__(self, key: Tensor, value: Tensor) -> None:
         self.used = 0
-        self._buffers = [_buffer(side, 0) for side in (key, value)]
+        self._lie([_buffer(side, 0) for side in (key, value)])
 
     @property
     def free(self) -> int:
-        return self._buffers[0].shape[2] - self.used
+        return self.buffers[0].shape[2] - self.used
 
     @property
     def nbytes(self) -> int:
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers)
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     def append(self, key: Tensor, value: Tensor) -> None:
         end = self.used + key.shape[2]
-        for buffer, side in zip(self._buffers, (key, value), strict=True):
+        for buffer, side in zip(self.buffers, (key, value), strict=True):
             buffer.narrow(2, self.used, side.shape[2]).copy_(side)
         self.used = end
 
     def read(self) -> tuple[Tensor, Tensor]:
-        key, value = self._buffers
+        key, value = self.buffers
         return key.narrow(2, 0, self.used), value.narrow(2, 0, self.used)
 
     def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
-        if bias is not None and bias.dtype != query.dtype:
-            bias = bias.to(query.dtype)
-        key, value = (buffer.narrow(2, begin, self.used - begin) for buffer in self._buffers)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+        return self._slots.weigh(query, bias, scale, begin, self.used)
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         origin = kept_slots(wanted)
         used = origin.shape[1]
         fresh = []
-        for buffer in self._buffers:
+        for buffer in self.buffers:
             moved = _buffer(buffer, used + room)
             if len(origin) == 1:
                 moved[:, :, :used] = buffer.index_select(2, origin[0])
@@ -115,7 +116,8 @@ class Plain:
                 slots = origin.clamp(min=0)[:, None, :, None].expand(-1, buffer.shape[1], -1, buffer.shape[3])
                 moved[:, :, :used] = buffer.gather(2, slots)
             fresh.append(moved)
-        self._buffers, self.used = fresh, used
+        self._lie(fresh)
+        self.used = used
         return origin
 
     def truncate(self, used: int) -> None:
@@ -124,11 +126,14 @@ class Plain:
     def select(self, rows: Tensor) -> Plain:
         chosen = object.__new__(type(self))
         chosen.used = self.used
-        chosen._buffers = [buffer.index_select(0, rows) for buffer in self._buffers]
+        chosen._lie([buffer.index_select(0, rows) for buffer in self.buffers])
         return chosen
 
     def release(self) -> None:
-        self._buffers = [buffer[:, :, :0] for buffer in self._buffers]
+        self._lie([_buffer(buffer, 0) for buffer in self.buffers])
+
+    def _lie(self, buffers: list[Tensor]) -> None:
+        self.buffers, self._slots = (buffers[0], buffers[1]), Slots(*buffers)
 
 
 class Rounded:
@@ -147,6 +152,7 @@ class Rounded:
         self._scale = Plain(
             *(side.new_zeros((*side.shape[:3], 1), dtype=torch.float32) for side in (key, value))
         )
+        self._lie()
 
     @property
     def used(self) -> int:
@@ -178,10 +184,12 @@ class Rounded:
         return key, value
 
     def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int = 0) -> Tensor:
-        exact = torch.promote_types(query.dtype, torch.float32)
+        if readable(query, self._whole.buffers[0]):
+            return self._slots.weigh(query, bias, scale, begin, self.used)
         keys, values, key_scale, value_scale = (
             side[:, :, begin:] for storage in (self._whole, self._scale) for side in storage.read()
         )
+        exact = torch.promote_types(query.dtype, torch.float32)
         pieces = list(_slices(keys))
         scores = torch.cat([query.to(exact) @ keys[:, :, piece].to(exact).mT for piece in pieces], dim=-1)
         # Scales are of tokens, so they go to the scores and weights, which are fewer than the numbers they scale.
@@ -191,7 +199,9 @@ class Rounded:
 
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         self._scale.keep(wanted, room)
-        return self._whole.keep(wanted, room)
+        origin = self._whole.keep(wanted, room)
+        self._lie()
+        return origin
 
     def truncate(self, used: int) -> None:
         self._whole.truncate(used)
@@ -201,11 +211,16 @@ class Rounded:
         chosen = object.__new__(type(self))
         chosen._dtype = self._dtype
         chosen._whole, chosen._scale = self._whole.select(rows), self._scale.select(rows)
+        chosen._lie()
         return chosen
 
     def release(self) -> None:
         self._whole.release()
         self._scale.release()
+        self._lie()
+
+    def _lie(self) -> None:
+        self._slots = Slots(*self._whole.buffers, scales=self._scale.buffers)
 
 
 def _rounded(side: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longspan.frequency import Frequency
+from longspan.kernel.slots import Slots
 from longspan.rope import shift
 
 # Slots of a window that are there from the start.
@@ -34,7 +35,7 @@ class Buffer:
     ) -> None:
         self.window, self.sinks, self.base, self.turned = window, sinks, base, turned
         self.length, self._slots = 0, min(window, _FEW)
-        self._keys, self._values = (_room(side, sinks + self._slots) for side in (key, value))
+        self._lie(*(_room(side, sinks + self._slots) for side in (key, value)))
         exact = torch.promote_types(key.dtype, torch.float32)
         # The first keys as they are and a quarter turn ahead, of which every other turn is a mixture.
         self._first, self._ahead = (_room(key, sinks).to(exact) for _ in range(2))
@@ -43,6 +44,11 @@ class Buffer:
     def rows(self) -> int:
         """Rows of the batch."""
         return len(self._keys)
+
+    @property
+    def heads(self) -> int:
+        """Key heads."""
+        return self._keys.shape[1]
 
     @property
     def lengths(self) -> list[int]:
@@ -101,17 +107,24 @@ class Buffer:
             self._values.index_copy_(2, slots, value[:, :, tokens - late :])
         self.length += tokens
 
-    def read(self, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Return keys and values that the last token reads, in no order.
-
-        Args:
-            cos, sin: `[width]`, of the turn from the places of the first keys to where this token reads them.
-        """
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """First slot that the last token reads, and the one after the last."""
         outside = min(self.sinks, max(0, self.length - self.window))
-        if outside:
-            self._keys.narrow(2, 0, self.sinks).copy_(torch.addcmul(self._first * cos, self._ahead, sin))
-        begin, size = self.sinks - outside, outside + min(self.window, self.length)
-        return self._keys.narrow(2, begin, size), self._values.narrow(2, begin, size)
+        return self.sinks - outside, self.sinks + min(self.window, self.length)
+
+    def turn(self, cos: Tensor, sin: Tensor) -> None:
+        """Turn the first keys to where the last token reads them, `[width]` from their places."""
+        self._keys.narrow(2, 0, self.sinks).copy_(torch.addcmul(self._first * cos, self._ahead, sin))
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Return keys and values that the last token reads, in no order."""
+        begin, end = self.bounds
+        return self._keys[:, :, begin:end], self._values[:, :, begin:end]
+
+    def weigh(self, query: Tensor, scale: float) -> Tensor:
+        """Return what the queries of the last token read, `[batch, heads, queries, width]`: all of it, in no order."""
+        return self._lying.weigh(query, None, scale, *self.bounds)
 
     def _put_first(self, key: Tensor, value: Tensor) -> None:
         end = self.sinks - self.length
@@ -127,7 +140,11 @@ class Buffer:
             grown = _room(side, self.sinks + slots)
             grown[:, :, : side.shape[2]] = side
             sides.append(grown)
-        (self._keys, self._values), self._slots = sides, slots
+        self._lie(*sides)
+        self._slots = slots
+
+    def _lie(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values, self._lying = keys, values, Slots(keys, values)
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

@@ -234,9 +234,9 @@ class StreamLayer(PatternLayer):
         kept.rebase(owner.base, owner.frequency)
         if query.shape[2] == 1:
             kept.put(key, value)
-            read = kept.read(*owner.turn(self.columns - kept.base - self._place(kept), query))
-            # What one query reads lies in no order, and it reads all of it.
-            output = _last(query, *read, scale, scores)
+            if kept.sinks and kept.length > kept.window:
+                kept.turn(*owner.turn(self.columns - kept.base - self._place(kept), query))
+            output = _last(query, kept, scale, scores)
         else:
             output = self._several(query, key, value, kept, scale, scores)
             kept.put(key, value)
@@ -298,13 +298,13 @@ class StreamLayer(PatternLayer):
         return merge([recent, far])[0]
 
 
-def _last(query: Tensor, key: Tensor, value: Tensor, scale: float | None, scores: Sequence[Score]) -> Tensor:
+def _last(query: Tensor, kept: Buffer, scale: float | None, scores: Sequence[Score]) -> Tensor:
     """Return what one query of each row reads, `[batch, heads, 1, width]`: all keys there are."""
     if scores:
-        return attend_with_lse(query, key, value, Causal(), scale=scale, scores=scores)[0]
+        return attend_with_lse(query, *kept.read(), Causal(), scale=scale, scores=scores)[0]
     # The query heads of one key head become rows of one block, so that keys are read once.
-    folded = query.reshape(len(query), key.shape[1], -1, query.shape[3])
-    output = F.scaled_dot_product_attention(folded, key, value, scale=scale)
+    folded = query.reshape(len(query), kept.heads, -1, query.shape[3])
+    output = kept.weigh(folded, query.shape[3] ** -0.5 if scale is None else scale)
     return output.reshape(*query.shape[:3], -1)
 
 

@@ -188,12 +188,12 @@ struct Weigh {
     }
 };
 
-// What R keys get back from strips of queries: S strips of numbers of a gradient.
+// Rows weighed and added up, R times: S strips of the numbers of a gradient, or of an output.
 template <int R, int S>
 struct Collect {
-    static __attribute__((noinline)) void run(const float* weights, const float* rows, int64_t width, int64_t deep, float* into, int64_t next) {
+    static __attribute__((noinline)) void run(const float* weights, int64_t down, const float* rows, int64_t width, int64_t deep, float* into, int64_t next) {
         Vector sums[R][S * VECTORS] = {};
-        product<R, S>(sums, weights, ROWS, 1, rows, width, deep);
+        product<R, S>(sums, weights, down, 1, rows, width, deep);
         for (int r = 0; r < R; r++)
             for (int c = 0; c < S * VECTORS; c++)
                 store(into + r * next + c * LANES, load(into + r * next + c * LANES) + sums[r][c]);
@@ -359,6 +359,8 @@ __attribute__((noinline)) void transpose(const float* from, int64_t down, float*
 }
 
 INLINE float number(float given) { return given; }
+
+INLINE float number(int8_t given) { return given; }
 
 INLINE float number(uint16_t given) {
     const uint32_t wide = (uint32_t)given << 16;
@@ -640,11 +642,11 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
                 const int64_t deep = (to - from) * STRIP, to_key = (run.key + (first + place) * run.step);
                 for (int64_t i = 0; i < value_wide; i += STRIP * ABREAST)
                     tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (value_wide - i) / STRIP),
-                                  (const float*)weights + corner, (const float*)grad_rows + from * STRIP * value_wide + i,
+                                  (const float*)weights + corner, (int64_t)ROWS, (const float*)grad_rows + from * STRIP * value_wide + i,
                                   value_wide, deep, grad_value + to_key * value_wide + i, run.step * value_wide);
                 for (int64_t i = 0; i < wide; i += STRIP * ABREAST)
                     tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (wide - i) / STRIP),
-                                  (const float*)slopes + corner, (const float*)rows + from * STRIP * wide + i, wide, deep,
+                                  (const float*)slopes + corner, (int64_t)ROWS, (const float*)rows + from * STRIP * wide + i, wide, deep,
                                   grad_key + to_key * wide + i, run.step * wide);
             });
             live.each([&](int from, int strips, int64_t low, int64_t top) {
@@ -724,6 +726,178 @@ void backward(const Work& work) {
         });
 }
 
+// Keys and values that a cache holds in slots, as `slots.py` lays them out. Slots lie in pages of `size`: those that a
+// row of `table` lists for each head, or without a table one page for each row of the batch and head.
+struct Slots {
+    const void *key, *value;
+    // Of numbers in eight bits, one factor for each slot.
+    const float *key_scale, *value_scale;
+    const int64_t* table;
+    int64_t batch, heads, share, width, value_width, size, pages;
+};
+
+// What is added to scores, and how far apart it lies; distances are 0 where it is the same.
+struct Bias {
+    const float* data;
+    int64_t batch, head, query;
+};
+
+// As many of the numbers from a place on as fit into a vector, and 0 for those that are not there.
+INLINE Vector load_some(const float* from, int64_t there) {
+    if (there >= LANES) return load(from);
+    float some[LANES] = {};
+    std::memcpy(some, from, sizeof(float) * there);
+    return load(some);
+}
+
+INLINE Vector as_vector(const uint16_t* from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Halves some;
+    std::memcpy(&some, from, sizeof some);
+    return (Vector)(__builtin_convertvector(some, Integers) << 16);
+}
+
+INLINE Vector as_vector(const int8_t* from) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+    Vector made;
+    for (int lane = 0; lane < LANES; lane++) made[lane] = from[lane];
+    return made;
+#endif
+}
+
+// Some keys or values as float32 in whole vectors, where they lie if that is what they are.
+template <class T>
+INLINE const float* as_rows(const T* from, int64_t rows, int64_t width, int64_t wide, float* room) {
+    if (width != wide)
+        gather(from, width, rows, width, 1.0f, room, wide, rows);
+    else if constexpr (std::is_same_v<T, float>)
+        return from;
+    else
+        for (int64_t i = 0; i < rows * wide; i += LANES) store(room + i, as_vector(from + i));
+    return room;
+}
+
+// Add up each of as many rows as there are lanes, whose sums become the lanes of the first.
+template <int H = LANES / 2>
+INLINE void fold(Vector (&rows)[LANES]) {
+    for (int r = 0; r < H; r++) {
+        exchange<H>(rows[r], rows[r + H], std::make_integer_sequence<int, LANES>{});
+        rows[r] += rows[r + H];
+    }
+    if constexpr (H > 1) fold<H / 2>(rows);
+}
+
+// Products of one query and up to as many keys as there are lanes.
+template <int WIDE>
+INLINE Vector products(const float* query, const float* keys, int64_t given, int64_t number) {
+    const int64_t wide = WIDE ? WIDE : given;
+    Vector sums[LANES];
+    for (int64_t k = 0; k < LANES; k++) {
+        sums[k] = Vector{};
+        if (k < number)
+            for (int64_t i = 0; i < wide; i += LANES) sums[k] += load(query + i) * load(keys + k * wide + i);
+    }
+    fold(sums);
+    return sums[0];
+}
+
+// What the queries that share one key head of one row of the batch read in the slots from `begin` up to `end`.
+template <class T>
+void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_t begin, int64_t end, float scale,
+                float* output, int64_t batch, int64_t head, Room& room) {
+    const int64_t width = slots.width, wide = whole(width), value_width = slots.value_width,
+                  value_wide = whole(value_width), share = slots.share, length = whole(end - begin);
+    const int64_t at = batch * slots.heads + head;
+    float* queries = room.take(share * (wide + length + value_wide) + CHUNK * std::max(wide, value_wide));
+    float *scores = queries + share * wide, *sums = scores + share * length, *rows = sums + share * value_wide;
+    gather(query + at * share * width, width, share, width, (float)(scale * LOG2E), queries, wide, share);
+    std::fill(sums, sums + share * value_wide, 0.0f);
+
+    // Call with stretches of slots of one page, each with the number of its first slot among all pages.
+    const int64_t* table = slots.table + (slots.table ? at * slots.pages : 0);
+    auto stretches = [&](const T* from, int64_t across, int64_t most, auto action) {
+        for (int64_t slot = begin, number; slot < end; slot += number) {
+            const int64_t place = slot % slots.size;
+            number = std::min({most, end - slot, slots.size - place});
+            const int64_t page = slots.table ? table[slot / slots.size] : at;
+            // No processor guesses where the next page lies.
+            if (slots.table && !place && slot + slots.size < end) {
+                const char* ahead = (const char*)(from + table[slot / slots.size + 1] * slots.size * across);
+                for (int64_t byte = 0; byte < slots.size * across * (int64_t)sizeof(T); byte += 64)
+                    __builtin_prefetch(ahead + byte);
+            }
+            action(slot, page * slots.size + place, number);
+        }
+    };
+
+    stretches((const T*)slots.key, width, LANES, [&](int64_t slot, int64_t place, int64_t number) {
+        const float* keys = as_rows((const T*)slots.key + place * width, number, width, wide, rows);
+        for (int64_t r = 0; r < share; r++) {
+            const float* one = queries + r * wide;
+            Vector score = number < LANES ? products<0>(one, keys, wide, number)
+                           : wide == 32   ? products<32>(one, keys, wide, LANES)
+                           : wide == 64   ? products<64>(one, keys, wide, LANES)
+                           : wide == 128  ? products<128>(one, keys, wide, LANES)
+                                          : products<0>(one, keys, wide, LANES);
+            if (slots.key_scale) score *= load_some(slots.key_scale + place, number);
+            if (bias.data)
+                score += (float)LOG2E * load_some(bias.data + batch * bias.batch + head * bias.head +
+                                                      r * bias.query + slot - begin, number);
+            // What lies after the last is written over by the next.
+            float some[LANES];
+            store(some, score);
+            std::memcpy(scores + r * length + slot - begin, some, sizeof(float) * number);
+        }
+    });
+
+    for (int64_t r = 0; r < share; r++) {
+        float* score = scores + r * length;
+        const float unread = -std::numeric_limits<float>::infinity();
+        std::fill(score + (end - begin), score + length, unread);
+        Vector most = all(unread), total = {};
+        for (int64_t i = 0; i < length; i += LANES) most = larger(load(score + i), most);
+        float high = unread, sum = 0;
+        for (int lane = 0; lane < LANES; lane++) high = most[lane] > high ? most[lane] : high;
+        // Of a query that reads nothing all weights are 0.
+        if (high == unread) high = 0;
+        for (int64_t i = 0; i < length; i += LANES) {
+            const Vector weight = power(load(score + i) - high);
+            store(score + i, weight);
+            total += weight;
+        }
+        for (int lane = 0; lane < LANES; lane++) sum += total[lane];
+        const float part = sum == 0 ? 0 : 1 / sum;
+        for (int64_t i = 0; i < length; i += LANES) store(score + i, load(score + i) * part);
+    }
+
+    stretches((const T*)slots.value, value_width, CHUNK, [&](int64_t slot, int64_t place, int64_t number) {
+        const float* values = as_rows((const T*)slots.value + place * value_width, number, value_width, value_wide, rows);
+        float* weights = scores + slot - begin;
+        for (int64_t r = 0; r < share && slots.value_scale; r++)
+            for (int64_t k = 0; k < number; k++) weights[r * length + k] *= slots.value_scale[place + k];
+        for (int64_t r = 0; r < share; r += TALL)
+            for (int64_t i = 0; i < value_wide; i += STRIP * ABREAST)
+                tile<Collect>((int)std::min<int64_t>(TALL, share - r),
+                              (int)std::min<int64_t>(ABREAST, (value_wide - i) / STRIP),
+                              (const float*)weights + r * length, length, values + i, value_wide, number,
+                              sums + r * value_wide + i, value_wide);
+    });
+    for (int64_t r = 0; r < share; r++)
+        std::memcpy(output + (at * share + r) * value_width, sums + r * value_wide, sizeof(float) * value_width);
+}
+
+template <class T>
+void weigh(const Slots& slots, const float* query, const Bias& bias, int64_t begin, int64_t end, float scale,
+           float* output, int64_t threads) {
+    share(slots.batch * slots.heads, threads, [&](int64_t item, Room& room) {
+        weigh_head<T>(slots, query, bias, begin, end, scale, output, item / slots.heads, item % slots.heads, room);
+    });
+}
+
 template <class Action>
 int guarded(Action action) {
     try {
@@ -742,4 +916,14 @@ extern "C" __attribute__((visibility("default"))) int longspan_forward(const Wor
 
 extern "C" __attribute__((visibility("default"))) int longspan_backward(const Work* work) {
     return guarded([&] { work->brief ? backward<uint16_t>(*work) : backward<float>(*work); });
+}
+
+// `kind` says how numbers are held: 0 as float32, 1 as bfloat16, 2 in eight bits.
+extern "C" __attribute__((visibility("default"))) int longspan_weigh(
+    const Slots* slots, const float* query, const Bias* bias, int64_t begin, int64_t end, float scale, int64_t kind,
+    int64_t threads, float* output) {
+    return guarded([&] {
+        const auto run = kind == 0 ? weigh<float> : kind == 1 ? weigh<uint16_t> : weigh<int8_t>;
+        run(*slots, query, *bias, begin, end, scale, output, threads);
+    });
 }
