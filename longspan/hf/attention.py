@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from longspan.score import Score, Sinks, SoftCap
 NAME = "longspan"
 _NOTHING = nullcontext()
 
+# Arguments that change nothing here, or are looked at elsewhere.
+_HARMLESS = {"position_ids", "use_cache", "sliding_window", "softcap", "s_aux"}
 # Arguments that ask for what is not there: not None means asked.
 _UNSUPPORTED = {
     "position_bias": "a bias is added to its scores, and a pattern does not change scores",
@@ -162,8 +165,9 @@ def _attend(
     pattern = _check_setting(module).pattern
     _check_options(module, dropout, options)
     batch = _check_batch(module, key, attention_mask, options.get("position_ids"), cached)
-    for window in {batch.window, options.get("sliding_window")} - {None}:
-        pattern = pattern & Window(window)
+    windows = batch.window, options.get("sliding_window")
+    if windows != (None, None):
+        pattern = _within(pattern, frozenset(windows))
     if cached is not None:
         cached.check(module, pattern, batch, key.shape[2])
     # Under autocast, rotary positions leave query and key in float32 while the value is already lower.
@@ -180,6 +184,14 @@ def _attend(
 
 
 _apart = torch.compiler.disable(_attend, reason="longspan reads the padding of the batch")
+
+
+@lru_cache(maxsize=64)
+def _within(pattern: Pattern, windows: frozenset[int | None]) -> Pattern:
+    """Return a pattern inside the windows that the model asks for, the same one for every layer and token."""
+    for window in windows - {None}:
+        pattern = pattern & Window(window)
+    return pattern
 
 
 def _scores(options: dict[str, Any]) -> list[Score]:
@@ -267,6 +279,8 @@ def _check_setting(module: nn.Module) -> Setting:
 
 
 def _check_options(module: nn.Module, dropout: float, options: dict[str, Any]) -> None:
+    if dropout == 0 and options.keys() <= _HARMLESS:
+        return
     asked = [name for name in _UNSUPPORTED if options.get(name) is not None]
     reasons = [_UNSUPPORTED[name] for name in asked]
     fix = "reset(model), which goes back to the attention that the model had before"

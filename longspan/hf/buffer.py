@@ -115,7 +115,7 @@ class Buffer:
 
     def turn(self, cos: Tensor, sin: Tensor) -> None:
         """Turn the first keys to where the last token reads them, `[width]` from their places."""
-        self._keys.narrow(2, 0, self.sinks).copy_(torch.addcmul(self._first * cos, self._ahead, sin))
+        self._turned.copy_(torch.addcmul(self._first * cos, self._ahead, sin))
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Return keys and values that the last token reads, in no order."""
@@ -145,6 +145,7 @@ class Buffer:
 
     def _lie(self, keys: Tensor, values: Tensor) -> None:
         self._keys, self._values, self._lying = keys, values, Slots(keys, values)
+        self._turned = keys[:, :, : self.sinks]
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

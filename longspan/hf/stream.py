@@ -87,7 +87,7 @@ class StreamCache(PatternCache):
         for layer in self.layers:
             layer.family = self.layers
         self._window = max(bounds(layer.setting.pattern)[0] for layer in self.layers)
-        self._turn: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._turns: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
         # Weak, as a cache that outlives its model shall not hold its weights.
         self._rotaries, self._owners = weakref.WeakSet(rotaries), weakref.WeakSet(owners)
         self._hooks: list[Any] = []
@@ -131,17 +131,18 @@ class StreamCache(PatternCache):
         return 2 * self.frequency.angles_per_token(width).shape[-1]
 
     def turn(self, distance: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine `[width]` of a turn by so many tokens; layers ask for the same one after another."""
-        asked = (distance, like.shape[3], like.dtype, like.device)
-        if self._turn is None or self._turn[0] != asked:
-            one = torch.tensor([distance], device=like.device)
-            found = displacement(one, self.frequency, width=like.shape[3])
+        """Return cosine and sine `[width]` of a turn by so many tokens; found for many distances at a time."""
+        block, place = divmod(distance, _LEAST)
+        asked = (block, like.shape[3], like.dtype, like.device)
+        if self._turns is None or self._turns[0] != asked:
+            distances = torch.arange(block * _LEAST, (block + 1) * _LEAST, device=like.device)
+            found = displacement(distances, self.frequency, width=like.shape[3])
             exact = torch.promote_types(like.dtype, torch.float32)
             rest = like.shape[3] - 2 * found.cos.shape[-1]
-            cos, sin = (F.pad(side.to(exact)[0].repeat(2), (0, rest)) for side in (found.cos, found.sin))
-            cos[len(cos) - rest :] = 1
-            self._turn = asked, (cos, sin)
-        return self._turn[1]
+            cos, sin = (F.pad(side.to(exact).repeat(1, 2), (0, rest)) for side in (found.cos, found.sin))
+            cos[:, like.shape[3] - rest :] = 1
+            self._turns = asked, list(zip(cos, sin, strict=True))
+        return self._turns[1][place]
 
     def _through_here(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
         if options.get("past_key_values") is not self:

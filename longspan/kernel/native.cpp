@@ -844,9 +844,12 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
                            : wide == 128  ? products<128>(one, keys, wide, LANES)
                                           : products<0>(one, keys, wide, LANES);
             if (slots.key_scale) score *= load_some(slots.key_scale + place, number);
-            if (bias.data)
-                score += (float)LOG2E * load_some(bias.data + batch * bias.batch + head * bias.head +
-                                                      r * bias.query + slot - begin, number);
+            if (bias.data) {
+                const Vector added = load_some(bias.data + batch * bias.batch + head * bias.head + r * bias.query +
+                                                   slot - begin, number);
+                // Whatever lies in a slot that is not read.
+                score = added < SILENT ? added : score + (float)LOG2E * added;
+            }
             // What lies after the last is written over by the next.
             float some[LANES];
             store(some, score);
@@ -865,7 +868,9 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
         // Of a query that reads nothing all weights are 0.
         if (high == unread) high = 0;
         for (int64_t i = 0; i < length; i += LANES) {
-            const Vector weight = power(load(score + i) - high);
+            const Vector less = load(score + i) - high;
+            // What is no number stays none.
+            const Vector weight = less == less ? power(less) : less;
             store(score + i, weight);
             total += weight;
         }

@@ -109,7 +109,9 @@ class Slots:
         output = torch.empty((batch, heads, slots.share, slots.value_width))
         if bias is not None:
             bias = bias.float().contiguous()
-            strides = (0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+            strides = (
+                0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True)
+            )
             added = _Bias(bias.data_ptr(), *list(strides)[:3])
         threads = min(torch.get_num_threads(), 1 + self._bytes * (end - begin) // _PER_THREAD)
         given = (self._at, asked.data_ptr(), ctypes.addressof(added), begin, end, scale, self._kind, threads)
