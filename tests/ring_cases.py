@@ -125,6 +125,21 @@ def compare(rank: int, truths: Path) -> list[str]:
     return wrong
 
 
+def compare_drawn(rank: int, drawn: Path) -> list[str]:
+    """Hold patterns that were drawn at random, with what one process gives, to it; return what is wrong."""
+    sys.modules["longspan.ring.plan"].SIZE = SIZE
+    wrong = []
+    ranks = dist.get_world_size()
+    for number, (case, truth) in enumerate(torch.load(drawn, weights_only=False)):
+        layout = LAYOUTS[(number + ranks) % 3](case.length, ranks)
+        strategy = (None, *ring.STRATEGIES)[number % (1 + len(ring.STRATEGIES))]
+        wrong += [
+            f"{case} on {layout} by {strategy}: {fault}"
+            for fault in faults(rank, case, truth, layout, strategy)
+        ]
+    return wrong
+
+
 def compare_on_a_grid(rank: int, truths: Path) -> list[str]:
     """Do as `compare` does on two rows and two columns of ranks; return what is wrong."""
     sys.modules["longspan.ring.plan"].SIZE = SIZE

@@ -102,7 +102,7 @@ def test_a_lost_rank_ends_the_job_with_rank_and_step(strategy: str, way: str, en
     said = [text for done, text in (results[0], results[2]) if not done]
     assert said, "no rank noticed"
     text = "\n".join(said)
-    assert text.startswith("RankError: Rank ")
+    assert text.startswith("LostRankError: Rank ")
     where = {"ulysses": "swapping tokens for heads", "gather": "1 of 2"}.get(strategy, "of 2")
     assert f"{where}, {way}" in text
     # A broadcast has no one to name but those who should hear it.

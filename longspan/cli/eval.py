@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from datetime import date
+from datetime import date, timedelta
 from difflib import get_close_matches
 from pathlib import Path
 from platform import python_version
@@ -20,6 +20,7 @@ from longspan.errors import InputError, message
 
 _PICTURES = (".png", ".svg", ".pdf")
 _REPORTS = (".html", ".md")
+_AGAIN = "the same command again: nothing has been written"
 
 
 def command(
@@ -66,6 +67,7 @@ def command(
         ),
     ] = None,
     device: options.Device = None,
+    timeout: options.Timeout = 600.0,
     json: options.Json = None,
     picture: Annotated[
         Path | None,
@@ -103,6 +105,7 @@ def command(
     from longspan.hf.model import load_config, load_model
     from longspan.hf.sequence import sequence_parallel
     from longspan.pattern.expression import parse
+    from longspan.ring.watch import Watch
     from longspan.text.documents import documents, split
     from longspan.text.encoding import encode
 
@@ -147,7 +150,25 @@ def command(
     held = split(documents(text, column=column))[1]
 
     evaluations = []
-    with ranks(place) as (rank, number), Progress() as progress:
+    patience = timedelta(seconds=timeout)
+    with (
+        ranks(place, patience) as (rank, number),
+        Progress() as progress,
+        Watch("the evaluation", fix=_AGAIN) as watch,
+    ):
+
+        def task(name: str) -> Callable[[int, int], None]:
+            """Let every process know where it is; one of them shows it."""
+            watch.step = name
+            shown = progress.task(name) if rank == 0 else None
+
+            def step(done: int, total: int) -> None:
+                watch.step = f"{name}, after {done:,} of {total:,} tokens"
+                if shown is not None:
+                    shown(done, total)
+
+            return step
+
         if number > 1 and "speed" in protocol.measures:
             raise InputError(
                 message(
@@ -169,7 +190,7 @@ def command(
                         label=label,
                         source=source,
                         protocol=protocol,
-                        progress=progress.task if rank == 0 else None,
+                        progress=task,
                     )
                 )
     if rank > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,6 +157,7 @@ def command(
         bool, typer.Option("--resume", help="Go on with the interrupted run in the output folder.")
     ] = False,
     device: options.Device = None,
+    timeout: options.Timeout = 600.0,
 ) -> None:
     """Make a pretrained model read a longer text.
 
@@ -215,10 +217,12 @@ def command(
     for name in ("length", "window"):
         if isinstance(given.get(name), str):
             given[name] = parse_length(given[name])
-    run(given, place, resume=resume, device=device)
+    run(given, place, resume=resume, device=device, timeout=timeout)
 
 
-def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None) -> None:
+def run(
+    given: dict[str, Any], output: Path, *, resume: bool, device: str | None, timeout: float = 600.0
+) -> None:
     """Carry out a recipe with the options given, showing how far it is; leave with code 130 on Ctrl-C."""
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from longspan.cli.device import device as device_named
@@ -226,7 +230,7 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
     from longspan.extend import extension
     from longspan.extend.recipe import Recipe
 
-    place = device_named(device)
+    place, patience = device_named(device), timedelta(seconds=timeout)
     first = extension.rank() == 0
     with Progress() as progress:
 
@@ -240,11 +244,18 @@ def run(given: dict[str, Any], output: Path, *, resume: bool, device: str | None
 
         try:
             if resume:
-                extension.resume(output, device=place, progress=task if first else None)
+                extension.resume(output, device=place, timeout=patience, progress=task if first else None)
             else:
                 recipe = Recipe(**given)
                 note(described(recipe))
-                extension.extend(recipe, output, device=place, progress=task if first else None, note=note)
+                extension.extend(
+                    recipe,
+                    output,
+                    device=place,
+                    timeout=patience,
+                    progress=task if first else None,
+                    note=note,
+                )
         except extension.Interrupted as stop:
             note(f"stopped after step {stop.step} of {stop.steps}; nothing is lost")
             note(f"go on with: longspan extend --resume --output {output}")

@@ -27,6 +27,12 @@ Device = Annotated[
 Json = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Write the figures here.", show_default=False)
 ]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        min=1, metavar="SECONDS", help="How long processes of torchrun wait for one that does not answer."
+    ),
+]
 
 
 def text(purpose: str) -> Any:

@@ -5,14 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from longspan.ring.watch import TIMEOUT, join
+
 
 @contextmanager
-def ranks(device: torch.device) -> Iterator[tuple[int, int]]:
+def ranks(device: torch.device, timeout: timedelta = TIMEOUT) -> Iterator[tuple[int, int]]:
     """Join the processes of torchrun for as long as a block runs, and yield the number of this one and of all.
+
+    Args:
+        device: what they compute on.
+        timeout: how long they wait for one another.
+
+    Raises:
+        RankError: they do not come together in that time.
 
     Example:
         >>> with ranks(torch.device("cpu")) as found:
@@ -23,7 +33,7 @@ def ranks(device: torch.device) -> Iterator[tuple[int, int]]:
     if number == 1:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    join(device.type, timeout)
     try:
         yield dist.get_rank(), number
     finally:

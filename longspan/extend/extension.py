@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.model import check_tokens, load_config, load_model
 from longspan.pattern.expression import parse
+from longspan.ring.watch import TIMEOUT
 from longspan.text.documents import documents, split
 from longspan.text.encoding import encode
 
@@ -47,6 +49,7 @@ def extend(
     output: str | Path,
     *,
     device: Any = "cpu",
+    timeout: timedelta = TIMEOUT,
     progress: Reporter | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
@@ -62,6 +65,7 @@ def extend(
         recipe: what to do.
         output: the folder to write, empty or not there yet.
         device: where to train.
+        timeout: how long processes wait for one another.
         progress: called with the name of the training and the tokens done before, returns what to call after
             every step.
         note: called before the training with each line of what it will take.
@@ -72,6 +76,7 @@ def extend(
     Raises:
         InputError, PatternError: anything that cannot be done as asked, before the first step; later, a disk that
             is full or a loss that is no number, with the last state kept.
+        RankError: a process is gone or did not answer within the timeout, with the last state kept.
         Interrupted: the training was stopped by Ctrl-C; `resume` goes on with it.
     """
     folder = OutputFolder(output)
@@ -86,14 +91,21 @@ def extend(
         folder.require(prepared.written())
         # Factors that were searched or read from a file are in this recipe, so going on needs neither.
         folder.begin(prepared.recipe)
-    return prepared.run(folder, None, progress)
+    return prepared.run(folder, None, timeout, progress)
 
 
-def resume(output: str | Path, *, device: Any = "cpu", progress: Reporter | None = None) -> Path:
+def resume(
+    output: str | Path,
+    *,
+    device: Any = "cpu",
+    timeout: timedelta = TIMEOUT,
+    progress: Reporter | None = None,
+) -> Path:
     """Go on with a run that was interrupted, by the recipe it began with, from its last whole state.
 
     Raises:
         InputError: there is no unfinished run in the folder.
+        RankError: as for `extend`.
         Interrupted: the training was stopped again.
     """
     folder = OutputFolder(output)
@@ -102,7 +114,7 @@ def resume(output: str | Path, *, device: Any = "cpu", progress: Reporter | None
     if rank() == 0:
         states.sweep(folder.training)
         folder.require(prepared.written(kept=0))
-    return prepared.run(folder, state, progress)
+    return prepared.run(folder, state, timeout, progress)
 
 
 def rank() -> int:
@@ -196,7 +208,9 @@ class _Prepared:
         """Return the bytes that the run writes at most: states that are kept, one more, and the result."""
         return (kept + 1) * trained_bytes(self.adapted) + self.size
 
-    def run(self, folder: OutputFolder, state: Path | None, progress: Reporter | None) -> Path:
+    def run(
+        self, folder: OutputFolder, state: Path | None, timeout: timedelta, progress: Reporter | None
+    ) -> Path:
         recipe = self.recipe
         done = states.step(state) if state else 0
         name = f"training on {recipe.window:,} tokens"
@@ -207,6 +221,7 @@ class _Prepared:
             folder=folder.training,
             state=state,
             together=self.together,
+            timeout=timeout,
             progress=progress and progress(name, recipe.tokens(done)),
         )
         if steps < recipe.steps:

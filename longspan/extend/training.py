@@ -8,6 +8,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     PreTrainedModel,
@@ -39,6 +39,7 @@ from longspan.hf.loader import share_batches
 from longspan.hf.quiet import quiet
 from longspan.hf.sequence import sequence_parallel
 from longspan.pattern import parse
+from longspan.ring.watch import TIMEOUT, Watch, join
 from longspan.size import size
 
 # States that are kept, the last ones; while the next one is written there is one more.
@@ -59,6 +60,7 @@ def train(
     folder: Path,
     state: Path | None = None,
     together: int = 1,
+    timeout: timedelta = TIMEOUT,
     progress: Progress | None = None,
 ) -> int:
     """Train a model on the windows of a recipe and return the number of steps done.
@@ -73,6 +75,7 @@ def train(
         folder: where states are saved.
         state: the state to go on from, None to begin.
         together: processes that read each window together; a state may go on with another number of them.
+        timeout: how long processes wait for one another.
         progress: called after every step.
 
     Returns:
@@ -81,9 +84,45 @@ def train(
     Raises:
         InputError: the loss or a gradient is not a finite number, before it has changed a weight; or a state
             cannot be written. The last state that was saved is whole, and is kept.
+        RankError: a process is gone or did not answer within the timeout; the same holds of the last state.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    arguments = TrainingArguments(
+    kind = next(model.parameters()).device.type
+    # The Trainer would let processes on CPU wait half an hour, whatever it is told.
+    join(kind, timeout)
+    arguments = _arguments(recipe, folder, kind == "cpu")
+    causal = causal_model(model)
+    stop = _Stop()
+    reporting = _Reporting(recipe, progress)
+    keeping = _Keeping(folder, trained_bytes(model))
+    with (
+        warnings.catch_warnings(),
+        quiet(),
+        _interrupts(stop),
+        Watch("the training", kept=keeping.kept, fix=keeping.fix) as watch,
+        kept(causal, recipe.activations),
+        chunked(causal) if recipe.loss == "chunked" else nullcontext(),
+        _split(causal, together, timeout) if together > 1 else nullcontext(),
+    ):
+        # peft and the loader of states still use names that torch and transformers have renamed.
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        trainer = _Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[stop, reporting])
+        trainer.together, trainer.watch = together, watch
+        trainer.add_callback(keeping)
+        # It prints every figure that the progress already shows.
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=state and str(state))
+        except (OSError, SafetensorError) as error:
+            raise keeping.failed(str(error)) from error
+        # The Trainer leaves the model wrapped in autocast, which would change what it computes from now on.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return trainer.state.global_step
+
+
+def _arguments(recipe: Recipe, folder: Path, on_cpu: bool) -> TrainingArguments:
+    """Return what the Trainer is told."""
+    return TrainingArguments(
         output_dir=str(folder),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch,
@@ -109,41 +148,16 @@ def train(
         # Experts may be left out of a step; what LoRA trains never is.
         ddp_find_unused_parameters=recipe.method == "full" and recipe.activations != "recomputed",
     )
-    causal = causal_model(model)
-    stop = _Stop()
-    reporting = _Reporting(recipe, progress)
-    keeping = _Keeping(folder, trained_bytes(model))
-    with (
-        warnings.catch_warnings(),
-        quiet(),
-        _interrupts(stop),
-        kept(causal, recipe.activations),
-        chunked(causal) if recipe.loss == "chunked" else nullcontext(),
-        _split(causal, arguments.device.type, together) if together > 1 else nullcontext(),
-    ):
-        # peft and the loader of states still use names that torch and transformers have renamed.
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", UserWarning)
-        trainer = _Trainer(model=model, args=arguments, train_dataset=windows, callbacks=[stop, reporting])
-        trainer.together = together
-        trainer.add_callback(keeping)
-        # It prints every figure that the progress already shows.
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train(resume_from_checkpoint=state and str(state))
-        except (OSError, SafetensorError) as error:
-            raise keeping.failed(str(error)) from error
-        # The Trainer leaves the model wrapped in autocast, which would change what it computes from now on.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return trainer.state.global_step
 
 
-def _split(model: PreTrainedModel, kind: str, together: int) -> AbstractContextManager[Any]:
+def _split(model: PreTrainedModel, together: int, timeout: timedelta) -> AbstractContextManager[Any]:
     """Let neighbouring processes read each window together."""
-    mesh = init_device_mesh(
-        kind, (torch.distributed.get_world_size() // together, together), mesh_dim_names=("data", "sequence")
+    ranks = range(torch.distributed.get_world_size())
+    # Not a mesh, whose groups would wait half an hour.
+    group, _ = torch.distributed.new_subgroups_by_enumeration(
+        [list(ranks[first : first + together]) for first in ranks[::together]], timeout=timeout
     )
-    return sequence_parallel(model, group=mesh["sequence"])
+    return sequence_parallel(model, group=group)
 
 
 def trained_bytes(model: nn.Module) -> int:
@@ -161,7 +175,7 @@ class _Trainer(Trainer):
         self.recipe: Recipe = self.train_dataset.recipe
         self._window = 0
         self._batch: dict[int, list[int]] = {}
-        self.together = 1
+        self.together, self.watch = 1, Watch("the training", fix="")
 
     def get_train_dataloader(self) -> Any:
         return share_batches(super().get_train_dataloader(), self.together)
@@ -170,6 +184,7 @@ class _Trainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], *rest: Any, **options: Any
     ) -> Tensor:
         step = self.state.global_step
+        self.watch.step = f"step {step + 1} of {self.state.max_steps}"
         self._batch = {step: self._batch.get(step, []) + inputs.pop("window").tolist()}
         window = inputs["input_ids"].shape[1]
         if window != self._window:
@@ -264,21 +279,27 @@ class _Keeping(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **options: Any
     ) -> None:
         if torch.distributed.is_initialized():
+            # What every process writes of its own belongs to the state.
             torch.distributed.barrier()
         if args.should_save:
             states.seal(self.folder / f"checkpoint-{state.global_step}")
 
+    @property
+    def fix(self) -> str:
+        """What to do where a process is lost."""
+        return f"longspan extend --resume --output {self.folder.parent}, under torchrun with as many processes or others"
+
+    def kept(self) -> dict[str, str]:
+        """Return what there is to go on from."""
+        last = states.last(self.folder)
+        return {"kept": f"the state after step {states.step(last)}" if last else "no state yet"}
+
     def failed(self, reason: str) -> InputError:
         """Return the error for a state that cannot be written."""
-        last = states.last(self.folder)
         return InputError(
             message(
                 "The state of the training cannot be saved.",
-                {
-                    "asked": str(self.folder),
-                    "because": reason,
-                    "kept": f"the state after step {states.step(last)}" if last else "no state yet",
-                },
+                {"asked": str(self.folder), "because": reason} | self.kept(),
                 fix=f"make room, then longspan extend --resume --output {self.folder.parent}",
             )
         )

@@ -15,7 +15,7 @@ from longspan.hf.segment import Segment, shortest, unpacked, unpadded, whole
 from longspan.layout import Layout
 from longspan.pattern import Pattern
 from longspan.ring.attention import attend_agreed
-from longspan.score import Score
+from longspan.score import Score, collect
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class Shared(Batch):
         batch, heads, length, _ = query.shape
         alone = len(self.shares) == 1 and _all(self.shares[0].rows, batch)
         alone = alone and _all(self.shares[0].columns, length)
+        changes = query.shape[-1] ** -0.5 if scale is None else scale, collect(scores, heads)
         output = query.new_zeros(batch, length, heads, value.shape[-1])
         for share in self.shares:
             rows, columns = share.rows, share.columns
@@ -94,8 +95,7 @@ class Shared(Batch):
                 layout=share.layout,
                 group=self.group,
                 strategy=self.strategy,
-                scale=scale,
-                scores=scores,
+                changes=changes,
             ).transpose(1, 2)
             if alone:
                 return part.contiguous()

@@ -17,7 +17,7 @@ from longspan.ring import grid, rotation, ulysses
 from longspan.ring.agreement import agree
 from longspan.ring.plan import STRATEGIES, settled
 from longspan.ring.transport import RankError
-from longspan.score import Score, Sinks, collect
+from longspan.score import Score, Scores, Sinks, collect
 
 
 def attend(
@@ -29,13 +29,13 @@ def attend(
     layout: Layout,
     group: dist.ProcessGroup | DeviceMesh | None = None,
     strategy: str | None = None,
-    scale: float | None = None,
     scores: Score | Sequence[Score] = (),
 ) -> Tensor:
     """Attend across ranks: each holds a shard of queries, keys and values, and gets the output of its queries.
 
     Law: the outputs of all ranks, joined by the layout, are `longspan.attend` on the whole tensors, and so are the
-    gradients. Every rank of the group calls it with the same arguments but its own shard.
+    gradients. Every rank of the group calls it with the same arguments but its own shard. Scores are multiplied by
+    `1 / sqrt(width)`; for another scale, multiply the query by `scale * sqrt(width)`.
 
     Args:
         query: `[batch, heads, places, width]`, the positions `layout.positions(rank)`.
@@ -48,7 +48,6 @@ def attend(
             rank in row i and column j has number `i * columns + j` in the layout.
         strategy: "exchange", "ring", "ulysses" or "gather"; None takes the cheapest, see `longspan.ring.plan`. On a
             two-dimensional mesh, that of the columns.
-        scale: what scores are multiplied by; None for `1 / sqrt(width)`.
         scores: what changes them beside the pattern, as for `longspan.attend`. The gradient of the logits of
             `Sinks` is that of this rank's queries: like those of other weights, it is to be summed over ranks.
 
@@ -81,7 +80,6 @@ def attend(
     mesh = group if isinstance(group, DeviceMesh) and group.ndim == 2 else None
     members = group_of(group)
     number = dist.get_rank(members) if mesh is None else grid.number(mesh)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
     sides = {"query": query, "key": key, "value": value}
     described = {name: f"{[*side.shape[:2], *side.shape[3:]]} {side.dtype}" for name, side in sides.items()}
     wants = torch.is_grad_enabled() and any(side.requires_grad for side in sides.values())
@@ -90,7 +88,6 @@ def attend(
         "layout": str(layout),
         **described,
         "strategy": str(strategy),
-        "scale": repr(scale),
         "scores": _described(scores),
         "gradients": "wanted" if wants else "not wanted",
     }
@@ -98,6 +95,7 @@ def attend(
         facts["mesh"] = " x ".join(map(str, mesh.shape))
     problem = _problem((query, key, value), pattern, layout, (number, members), strategy, scores)
     agree(members, facts, problem or (mesh and grid.problem(mesh, query.shape[1], strategy)))
+    changes = query.shape[-1] ** -0.5, collect(scores, query.shape[1])
     if mesh is not None:
         return grid.attend(
             query,
@@ -107,7 +105,7 @@ def attend(
             layout=layout,
             mesh=mesh,
             strategy=strategy,
-            changes=(scale, collect(scores, query.shape[1])),
+            changes=changes,
         )
     return attend_agreed(
         query,
@@ -117,8 +115,7 @@ def attend(
         layout=layout,
         group=members,
         strategy=strategy,
-        scale=scale,
-        scores=scores,
+        changes=changes,
     )
 
 
@@ -130,12 +127,14 @@ def attend_agreed(
     *,
     layout: Layout,
     group: dist.ProcessGroup,
-    strategy: str | None = None,
-    scale: float | None = None,
-    scores: Score | Sequence[Score] = (),
+    strategy: str | None,
+    changes: tuple[float, Scores],
 ) -> Tensor:
-    """Attend as `attend` does, by ranks that have agreed on everything before: nothing is checked."""
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    """Attend as `attend` does, by ranks that have agreed on everything before: nothing is checked.
+
+    `changes` are the scale of scores and what else is done to them.
+    """
+    scale, given = changes
     if scale <= 0:
         # PyTorch's kernel takes positive scales only.
         query, scale = query * scale, 1.0
@@ -144,7 +143,7 @@ def attend_agreed(
     shared = settled(pattern, layout, heads, widths, row, strategy)
     run = ulysses if shared.strategy == "ulysses" else rotation
     with torch.autocast(query.device.type, enabled=False):
-        return run.attend(query, key, value, shared, group, scale, collect(scores, query.shape[1]))
+        return run.attend(query, key, value, shared, group, scale, given)
 
 
 def group_of(group: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,20 +20,47 @@ class RankError(LongspanError):
     """Ranks do not fit together, or one of them is gone."""
 
 
+class LostRankError(RankError):
+    """A rank waited for others in vain.
+
+    Attributes:
+        step: what it waited in.
+        reason: what torch.distributed said.
+    """
+
+    def __init__(self, text: str, step: str, reason: str) -> None:
+        super().__init__(text)
+        self.step, self.reason = step, reason
+
+
+def lost(error: BaseException) -> bool:
+    """Say whether an error tells of a rank that is gone or does not answer.
+
+    What gloo raises is a RuntimeError like any other, but for its text.
+    """
+    told = isinstance(error, LostRankError | dist.DistError)
+    return told or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def first_line(error: BaseException | None) -> str:
+    """Return the first line of what an error says, without its place in the sources of gloo, and guesses at why."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r"^\[\S+:\d+\] |\. This may indicate .*", "", lines[0])
+
+
 @contextmanager
 def reaching(rank: int, others: str, step: str) -> Iterator[None]:
     """Turn what torch.distributed raises into an error that names rank and step."""
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RankError(
-            message(
-                f"Rank {rank} waited for {others} in vain.",
-                {"step": step, "reason": reason},
-                fix="look for the first error of the other ranks; init_process_group(timeout=...) sets the patience",
-            )
-        ) from error
+        reason = first_line(error)
+        text = message(
+            f"Rank {rank} waited for {others} in vain.",
+            {"step": step, "reason": reason},
+            fix="look for the first error of the other ranks; init_process_group(timeout=...) sets the patience",
+        )
+        raise LostRankError(text, step, reason) from error
 
 
 @dataclass(frozen=True)
