@@ -30,7 +30,8 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if not native.able(name) or not compiler.library(name).exists():
         pytest.skip(f"no library for {name}")
     monkeypatch.setattr(native, "_library", ctypes.CDLL(str(compiler.library(name))))
-    monkeypatch.setattr(slots, "_weigh", slots._function())
+    for function, found in zip(("_weigh", "_put"), slots._functions(), strict=True):
+        monkeypatch.setattr(slots, function, found)
     return name
 
 
@@ -57,12 +58,20 @@ def test_queries_read_what_is_held(library: str, size: tuple[int, ...], held: st
     storage.keep(torch.zeros(1, 0, dtype=torch.bool), tokens)
     # Pages of rows and heads lie between each other.
     for first in range(0, tokens, 40):
-        storage.append(key[:, :, first : first + 40], value[:, :, first : first + 40])
+        # Some in one piece, and then one by one.
+        for some in (
+            slice(first, first + 30),
+            *(slice(one, one + 1) for one in range(first + 30, first + 40)),
+        ):
+            storage.append(key[:, :, some], value[:, :, some])
     biases = [None]
     for shape in ((1, 1, 1), (rows, 1, 1), (rows, heads, share)):
         bias = torch.randn(*shape, tokens - begin)
         bias[..., 1::3] = -torch.inf
         biases.append(bias)
+    for side, whole in zip(storage.read(), (key, value), strict=True):
+        largest = whole.float().abs().amax(-1, keepdim=True)
+        assert ((side - whole).abs() <= largest / (250 if held == "int8" else torch.inf)).all()
     kept = [side[:, :, begin:] for side in storage.read()]
     for bias in biases:
         found = storage.weigh(query, bias, 0.3, begin)

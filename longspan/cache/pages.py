@@ -102,12 +102,13 @@ class Pool:
 
     def hold(self, pages: Tensor) -> None:
         """Count one more holder for each page, as often as it is listed."""
-        self._holders += torch.bincount(pages.flatten(), minlength=self.pages + 1)
+        # Anew, for what was made in inference mode may not be changed outside of it.
+        self._holders = self._holders + torch.bincount(pages.flatten(), minlength=self.pages + 1)
 
     def give_back(self, pages: Tensor) -> None:
         """Count one holder less for each page, as often as it is listed; pages without any are free."""
         listed = pages[pages != _NOBODY]
-        self._holders -= torch.bincount(listed, minlength=self.pages + 1)
+        self._holders = self._holders - torch.bincount(listed, minlength=self.pages + 1)
         touched = listed.unique()
         self._free.extend(touched[self._holders[touched] == 0].tolist())
 
@@ -161,17 +162,13 @@ class Pages:
 
     def append(self, key: Tensor, value: Tensor) -> None:
         size, end = self.pool.size, self.used + key.shape[2]
-        if key.shape[2] == 1 and self._tail is not None and self.free:
-            # The most frequent case, one more token in pages of one's own, asks the pool for nothing.
-            places = self._tail + self.used % size
-        else:
+        if not self._own or end > self.table.shape[2] * size:
             self._make_room(end)
+        if not self._slots.put(key, value, self.used):
             slots = torch.arange(self.used, end)
-            places = (self.table[:, :, slots // size] * size + slots % size).flatten()
-            self._tail = self.table[:, :, -1].flatten() * size
-        places = places.to(key.device)
-        for pages, side in ((self.pool.key, key), (self.pool.value, value)):
-            pages.view(-1, side.shape[3]).index_copy_(0, places, side.reshape(-1, side.shape[3]))
+            places = self.table[:, :, slots // size]
+            self.pool.key[places, slots % size] = key
+            self.pool.value[places, slots % size] = value
         self.used = end
 
     def _make_room(self, end: int) -> None:
@@ -189,6 +186,7 @@ class Pages:
             self.pool.give_back(before)
             tail[crowded] = copies
         self._list(torch.cat([self.table, fresh.reshape(*self.table.shape[:2], more)], dim=2))
+        self._own = True
 
     def read(self) -> tuple[Tensor, Tensor]:
         key, value = (
@@ -251,7 +249,7 @@ class Pages:
         chosen._list(self.table[rows.cpu()])
         self.pool.hold(chosen.table)
         # From now on its pages are no longer its alone.
-        self._tail = None
+        self._own = False
         return chosen
 
     def release(self) -> None:
@@ -262,5 +260,5 @@ class Pages:
     def _list(self, table: Tensor) -> None:
         self.table = table.contiguous()
         self._slots = Slots(self.pool.key, self.pool.value, table=self.table)
-        # First slots of the last pages, in all pages, where nobody else holds those; None where that is not known.
-        self._tail: Tensor | None = None
+        # Whether it is known that nobody else holds the last pages.
+        self._own = False

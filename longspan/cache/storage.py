@@ -92,10 +92,10 @@ class Plain:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        end = self.used + key.shape[2]
-        for buffer, side in zip(self.buffers, (key, value), strict=True):
-            buffer.narrow(2, self.used, side.shape[2]).copy_(side)
-        self.used = end
+        if not self._slots.put(key, value, self.used):
+            for buffer, side in zip(self.buffers, (key, value), strict=True):
+                buffer.narrow(2, self.used, side.shape[2]).copy_(side)
+        self.used += key.shape[2]
 
     def read(self) -> tuple[Tensor, Tensor]:
         key, value = self.buffers
@@ -167,11 +167,10 @@ class Rounded:
         return self._whole.nbytes + self._scale.nbytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
-        if key.shape == value.shape:
-            # Both in one, for a single token costs what the number of operations costs.
-            whole, scales = (side.unbind() for side in _rounded(torch.stack([key, value])))
-        else:
-            whole, scales = zip(*(_rounded(side) for side in (key, value)), strict=True)
+        if self._slots.put(key, value, self.used):
+            self._whole.used, self._scale.used = self.used + 1, self._scale.used + 1
+            return
+        whole, scales = zip(*(_rounded(side) for side in (key, value)), strict=True)
         self._whole.append(*whole)
         self._scale.append(*scales)
 

@@ -97,8 +97,8 @@ class Buffer:
             self._grow(min(self.window, max(2 * self._slots, begin + tokens)))
         if tokens == 1:
             slot = self.sinks + begin % self.window
-            self._keys.narrow(2, slot, 1).copy_(key)
-            self._values.narrow(2, slot, 1).copy_(value)
+            if not self._lying.put(key, value, slot):
+                self._keys[:, :, slot : slot + 1], self._values[:, :, slot : slot + 1] = key, value
         else:
             late = min(tokens, self.window)
             end = begin + tokens

@@ -903,6 +903,34 @@ void weigh(const Slots& slots, const float* query, const Bias& bias, int64_t beg
     });
 }
 
+// Take in one token of every row, `[rows, heads, width]`; in eight bits with a factor for each, the largest over 127.
+template <class From, class To>
+void put(const From* from, int64_t width, const Slots& slots, const void* held, const float* scale, int64_t slot) {
+    for (int64_t at = 0; at < slots.batch * slots.heads; at++, from += width) {
+        const int64_t page = slots.table ? slots.table[at * slots.pages + slot / slots.size] : at;
+        const int64_t place = page * slots.size + slot % slots.size;
+        To* to = (To*)held + place * width;
+        if constexpr (std::is_same_v<From, To>) {
+            std::memcpy(to, from, sizeof(To) * width);
+        } else {
+            float most = 0;
+            for (int64_t i = 0; i < width; i++) {
+                const float size = std::fabs(number(from[i]));
+                most = size > most || std::isnan(size) ? size : most;
+            }
+            const float factor = most / 127, divisor = std::max(std::numeric_limits<float>::min(), factor);
+            for (int64_t i = 0; i < width; i++) to[i] = (int8_t)std::nearbyint(number(from[i]) / divisor);
+            const_cast<float*>(scale)[place] = factor;
+        }
+    }
+}
+
+template <class From, class To>
+void put_both(const Slots& slots, const void* key, const void* value, int64_t slot) {
+    put<From, To>((const From*)key, slots.width, slots, slots.key, slots.key_scale, slot);
+    put<From, To>((const From*)value, slots.value_width, slots, slots.value, slots.value_scale, slot);
+}
+
 template <class Action>
 int guarded(Action action) {
     try {
@@ -931,4 +959,12 @@ extern "C" __attribute__((visibility("default"))) int longspan_weigh(
         const auto run = kind == 0 ? weigh<float> : kind == 1 ? weigh<uint16_t> : weigh<int8_t>;
         run(*slots, query, *bias, begin, end, scale, output, threads);
     });
+}
+
+// `brief` says whether what comes is bfloat16, and `whole` whether it is held in eight bits.
+extern "C" __attribute__((visibility("default"))) void longspan_put(
+    const Slots* slots, const void* key, const void* value, int64_t slot, int64_t brief, int64_t whole) {
+    const auto run = whole ? (brief ? put_both<uint16_t, int8_t> : put_both<float, int8_t>)
+                           : (brief ? put_both<uint16_t, uint16_t> : put_both<float, float>);
+    run(*slots, key, value, slot);
 }

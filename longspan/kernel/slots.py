@@ -38,15 +38,17 @@ class _Bias(Structure):
 _NONE = _Bias()
 
 
-def _function() -> ctypes._CFuncPtr | None:
+def _functions() -> tuple[Any, Any]:
+    """Return what the library reads and takes in with, or None for both."""
     if native._library is None:
-        return None
-    found = native._library.longspan_weigh
-    found.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int64, c_int64, c_void_p]
-    return found
+        return None, None
+    weigh, put = native._library.longspan_weigh, native._library.longspan_put
+    weigh.argtypes = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float, c_int64, c_int64, c_void_p]
+    put.argtypes, put.restype = [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64], None
+    return weigh, put
 
 
-_weigh = _function()
+_weigh, _put = _functions()
 
 
 class Slots:
@@ -89,6 +91,17 @@ class Slots:
         # Copies lie elsewhere.
         return _laid, (*self._sides, *self._others)
 
+    def put(self, key: Tensor, value: Tensor, slot: int) -> bool:
+        """Write one token of every row, `[rows, heads, 1, width]`, into a slot, or say that PyTorch has to."""
+        if key.shape[2] != 1 or not readable(key, self._sides[0]) or key.dtype != value.dtype:
+            return False
+        whole = self._kind == _KINDS[torch.int8]
+        if not whole and key.dtype != self._sides[0].dtype:
+            return False
+        key, value = key.contiguous(), value.contiguous()
+        _put(self._at, key.data_ptr(), value.data_ptr(), slot, key.dtype == torch.bfloat16, whole)
+        return True
+
     def weigh(self, query: Tensor, bias: Tensor | None, scale: float, begin: int, end: int) -> Tensor:
         """Return what queries read in the slots from `begin` up to `end`, `[rows, heads, queries, value width]`.
 
@@ -115,7 +128,6 @@ class Slots:
             added = _Bias(bias.data_ptr(), *list(strides)[:3])
         threads = min(torch.get_num_threads(), 1 + self._bytes * (end - begin) // _PER_THREAD)
         given = (self._at, asked.data_ptr(), ctypes.addressof(added), begin, end, scale, self._kind, threads)
-        assert _weigh is not None
         if _weigh(*given, output.data_ptr()):
             raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
         return output.to(query.dtype)
