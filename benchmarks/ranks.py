@@ -1,9 +1,9 @@
 """Count what ranks must send one another, and how evenly they work, for patterns, lengths and numbers of ranks.
 
-Nothing runs: everything is counted from the plan, so a million tokens on a thousand ranks need no cluster. For each
+All that is counted from the plan, so a million tokens on a thousand ranks need no cluster. For each
 pattern, the key blocks that it needs are set against those that move without it: a causal ring (contiguous shards,
 each passed on to the ranks after it), zigzag, and Ulysses, which swaps tokens for heads. Balance is the work of the
-slowest rank over the mean, in pairs.
+slowest rank over the mean, in pairs. Last, one step runs on two ranks of this machine, see `benchmarks/steps.py`.
 
     python benchmarks/ranks.py --json out/ranks.json
     python benchmarks/ranks.py --lengths 32768 --ranks 8
@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from listing import aligned
+from listing import aligned, machine
+from steps import CASES, steps
 
 from longspan import Causal, Chunk, Dilated, LongNet, SlidingWindow, Streaming
 from longspan.layout import contiguous, striped, zigzag
@@ -69,8 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "dtype": options.dtype,
         "block": BLOCK,
         "rows": rows,
+        "machine": machine("cpu"),
+        "steps": steps([(pattern, min(length, options.step), layout) for pattern, length, layout in CASES]),
     }
     print(_table(report))
+    print(_steps(report["steps"]))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2) + "\n")
@@ -82,6 +86,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--lengths", type=_numbers, default=[32_768, 131_072, 1_048_576], metavar="N,N")
     parser.add_argument("--ranks", type=_numbers, default=[8, 64, 1_024], metavar="N,N")
+    parser.add_argument(
+        "--step", type=int, default=8_192, metavar="N", help="most tokens of a step that runs (default: 8192)"
+    )
     parser.add_argument("--heads", type=int, default=32, metavar="N", help="query heads (default: 32)")
     parser.add_argument("--key-heads", type=int, default=8, metavar="N", help="key heads (default: 8)")
     parser.add_argument(
@@ -149,6 +156,44 @@ def _table(report: dict[str, Any]) -> str:
         f"blocks of {report['block']}, one forward pass of one layer"
     )
     return "\n".join([described, "", *table])
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    """Return what ran on two ranks as lines of text."""
+    lines = [
+        "",
+        "one step on two ranks: milliseconds forward and backward, against one process on the same cores; of the first "
+        "rank what was on its way, how much of it while it computed, how long it waited, and the exchange by itself",
+        "",
+    ]
+    header = (
+        "",
+        "tokens",
+        "cores",
+        "two ranks",
+        "one process",
+        "processor time",
+        "on its way",
+        "computing",
+        "waited",
+        "alone",
+    )
+    table: list[tuple[str, ...]] = [header]
+    for row in rows:
+        trace = row["traces"][0]
+        names = ("in_flight_ms", "in_flight_while_computing_ms", "blocked_ms", "exchange_alone_ms")
+        table.append(
+            (
+                row["pattern"],
+                f"{row['length']:,}",
+                str(row["cores"]),
+                f"{1e3 * row['two_ranks']:.1f}",
+                f"{1e3 * row['one_process']:.1f}",
+                f"{row['two_ranks_processor'] / row['one_thread_processor']:.2f} times",
+                *(f"{trace[name]:.1f}" for name in names),
+            )
+        )
+    return "\n".join([*lines, *aligned(table)])
 
 
 if __name__ == "__main__":

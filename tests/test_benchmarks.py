@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,3 +70,30 @@ def test_planning_is_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     # What is kept is found again without any work, and what is forgotten is not.
     assert all(row["again"] < row["cold"] for row in rows)
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(rows)
+
+
+def test_ranks_are_counted_and_one_step_runs(tmp_path: Path):
+    report = tmp_path / "ranks.json"
+    small = ["--lengths", "512", "--ranks", "4", "--step", "256"]
+    found = subprocess.run(
+        [sys.executable, str(FOLDER / "ranks.py"), *small, "--json", str(report)],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert found.returncode == 0, found.stderr
+    written = json.loads(report.read_text())
+    assert {row["ranks"] for row in written["rows"]} == {4}
+    assert [row["length"] for row in written["steps"]] == [256, 256]
+    for row in written["steps"]:
+        assert row["two_ranks"] > 0
+        for trace in row["traces"]:
+            # While its own keys are read, those of the other rank are on their way.
+            assert 0 < trace["in_flight_while_computing_ms"] <= trace["in_flight_ms"]
+    assert "one step on two ranks" in found.stdout
+
+
+def test_intervals_overlap():
+    overlap = runpy.run_path(str(FOLDER / "steps.py"))["overlap"]
+    assert overlap([(0, 4), (10, 11)], [(1, 2), (3, 6), (10.5, 20)]) == 1 + 1 + 0.5
