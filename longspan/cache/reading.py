@@ -17,7 +17,7 @@ from longspan.cache.outlook import bias_of
 from longspan.cache.shelf import Shelf
 from longspan.kernel.merge import merge
 from longspan.pattern import Pattern, PerHead
-from longspan.score import ALiBi, Score, Scores, Sinks, SoftCap
+from longspan.score import Scores
 
 Rotate = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -178,7 +178,7 @@ class Reading:
                     seen[0] if len(seen) == 1 else PerHead(seen),
                     queries=range(start - first, start - first + query.shape[2]),
                     scale=self.scale,
-                    scores=_listed(changes),
+                    scores=changes.of(range(query.shape[1])),
                 )
             )
             # A learned sink is in the softmax once.
@@ -248,15 +248,3 @@ def _of_heads(changes: Scores, heads: list[int]) -> Scores:
     slopes = changes.slopes and tuple(changes.slopes[head] for head in heads)
     sinks = None if changes.sinks is None else changes.sinks[heads]
     return Scores(changes.limit, slopes, sinks)
-
-
-def _listed(changes: Scores) -> list[Score]:
-    """Return changes as `attend` takes them."""
-    listed: list[Score] = []
-    if changes.limit is not None:
-        listed.append(SoftCap(changes.limit))
-    if changes.slopes is not None:
-        listed.append(ALiBi(changes.slopes))
-    if changes.sinks is not None:
-        listed.append(Sinks(changes.sinks))
-    return listed
