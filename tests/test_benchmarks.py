@@ -97,3 +97,15 @@ def test_ranks_are_counted_and_one_step_runs(tmp_path: Path):
 def test_intervals_overlap():
     overlap = runpy.run_path(str(FOLDER / "steps.py"))["overlap"]
     assert overlap([(0, 4), (10, 11)], [(1, 2), (3, 6), (10.5, 20)]) == 1 + 1 + 0.5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process is read as Linux tells it")
+def test_growth_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    script = runpy.run_path(str(FOLDER / "growth.py"))
+    report = tmp_path / "growth.json"
+    script["main"](["--lengths", "256,1024", "--only", "SlidingWindow", "--repeats", "2", "--json", str(report)])
+    (row,) = json.loads(report.read_text())["rows"]
+    short, long = row["seconds"]
+    assert row["growth"] == pytest.approx(long / 1024 / (short / 256))
+    assert row["workspace_bytes"] >= 0
+    assert len(capsys.readouterr().out.splitlines()) == 3

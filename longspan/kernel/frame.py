@@ -43,8 +43,8 @@ class Frame:
     """A kernel made of its two sums.
 
     Attributes:
-        sums: output and log-sum-exp of query, key and value, in float32 at least, and whether all is finite; the output
-            may be wider.
+        sums: output and log-sum-exp of query, key and value, in float32 at least, and whether all is finite, the query
+            too; the output may be wider.
         slopes: the gradients of query, key and value, which may be wider, and whether all is finite, given these, the
             gradient of the output, the output, the log-sum-exp and its gradient.
         marks: the dtype in which the kernel counts who reads what.
@@ -98,8 +98,7 @@ class Frame:
     def _contained(self, query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
         output, lse, finite = self.sums(query, key, value, work)
-        # An infinite query whose scores are all minus infinity leaves no trace in the sums.
-        if finite and query.sum().isfinite():
+        if finite:
             return output, lse
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if not (rows.any() or keys.any()):

@@ -21,6 +21,9 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -287,8 +290,14 @@ struct Block {
     uint64_t present() const { return rows == ROWS ? ~0ull : (1ull << rows) - 1; }
 };
 
-// Blocks such that those of one level have no query in common, level by level.
-std::vector<std::vector<Block>> schedule(const Work& work) {
+struct Schedule {
+    // Blocks such that those of one level have no query in common, level by level.
+    std::vector<std::vector<Block>> levels;
+    // Queries that no block of the first level has: what they are added to is 0 before.
+    std::vector<int64_t> unwritten;
+};
+
+Schedule schedule(const Work& work) {
     std::vector<Block> made;
     std::unordered_map<int64_t, std::vector<size_t>> known;
     for (int64_t number = 0; number < work.parts_number; number++) {
@@ -316,14 +325,21 @@ std::vector<std::vector<Block>> schedule(const Work& work) {
     }
     std::vector<int> touched(work.queries, 0);
     std::vector<std::vector<Block>> levels;
+    std::vector<int64_t> unwritten;
     for (Block& block : made) {
         for (int64_t r = 0; r < block.rows; r++)
             block.level = std::max(block.level, touched[block.start + r * block.step]);
-        for (int64_t r = 0; r < block.rows; r++) touched[block.start + r * block.step] = block.level + 1;
+        for (int64_t r = 0; r < block.rows; r++) {
+            int& level = touched[block.start + r * block.step];
+            if (block.level && !level) unwritten.push_back(block.start + r * block.step);
+            level = block.level + 1;
+        }
         if (block.level >= (int)levels.size()) levels.resize(block.level + 1);
         levels[block.level].push_back(std::move(block));
     }
-    return levels;
+    for (int64_t query = 0; query < work.queries; query++)
+        if (!touched[query]) unwritten.push_back(query);
+    return {std::move(levels), std::move(unwritten)};
 }
 
 struct Room {
@@ -506,6 +522,9 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
     gather(row<T>(work.query, batch, head, block.start), work.query.row * block.step, block.rows, width,
            (float)(work.scale * LOG2E), rows, wide, ROWS);
     turn(rows, wide, queries);
+    // An infinite query whose scores are all minus infinity leaves no trace in the output.
+    Vector odd = {};
+    for (int64_t i = 0; i < width * ROWS; i += LANES) odd += load(queries + i) - load(queries + i);
 
     const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
     float *out = work.output + at * value_width, *lse = work.lse + at;
@@ -571,7 +590,6 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
             });
         }
 
-    Vector odd = {};
     for (int v = 0; v < ROWS; v += LANES) {
         const Vector sum = load(total + v);
         const Vector share = sum == 0.0f ? Vector{} : 1.0f / sum;
@@ -693,9 +711,23 @@ void share(int64_t number, int64_t threads, Action action) {
     if (failed) throw std::bad_alloc();
 }
 
+// Call with the row of every unwritten query on every head that is asked for, counted over all heads.
+template <class Action>
+void fill(const Work& work, const std::vector<int64_t>& unwritten, Action action) {
+    for (int64_t row = 0; row < work.batch * work.heads_read; row++) {
+        const int64_t head = row / work.heads_read * work.heads_all + work.heads[row % work.heads_read];
+        for (int64_t query : unwritten) action(head * work.queries + query);
+    }
+}
+
 template <class T>
 void forward(const Work& work) {
-    for (const std::vector<Block>& level : schedule(work))
+    const Schedule made = schedule(work);
+    fill(work, made.unwritten, [&](int64_t at) {
+        std::fill_n(work.output + at * work.value_width, work.value_width, 0.0f);
+        work.lse[at] = -std::numeric_limits<float>::infinity();
+    });
+    for (const std::vector<Block>& level : made.levels)
         share(work.batch * work.heads_read * level.size(), work.threads, [&](int64_t item, Room& room) {
             const int64_t row = item / level.size();
             forward_block<T>(work, level[item % level.size()], row / work.heads_read,
@@ -712,7 +744,10 @@ void backward(const Work& work) {
     const int64_t groups = starts.size(), key_heads = work.heads_all / work.share;
     starts.push_back(work.heads_read);
     const int64_t key_size = work.keys * whole(work.width), value_size = work.keys * whole(work.value_width);
-    for (const std::vector<Block>& level : schedule(work))
+    const Schedule made = schedule(work);
+    fill(work, made.unwritten,
+         [&](int64_t at) { std::fill_n(work.grad_query + at * work.width, work.width, 0.0f); });
+    for (const std::vector<Block>& level : made.levels)
         share(work.batch * groups * work.splits, work.threads, [&](int64_t item, Room& room) {
             const int64_t split = item % work.splits, group = item / work.splits % groups,
                           batch = item / work.splits / groups;
@@ -942,6 +977,17 @@ int guarded(Action action) {
 }
 
 }  // namespace
+
+// Ask the system to lay fresh memory out in large pages: the first touch of a small one costs more than its bytes.
+extern "C" __attribute__((visibility("default"))) void longspan_large(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)start + page - 1) & ~(page - 1),
+                    last = ((uintptr_t)start + bytes) & ~(page - 1);
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
 
 extern "C" __attribute__((visibility("default"))) int longspan_forward(const Work* work) {
     return guarded([&] { work->brief ? forward<uint16_t>(*work) : forward<float>(*work); });

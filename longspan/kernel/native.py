@@ -31,6 +31,8 @@ NOT_BUILT = (
 )
 # Tensors that the library takes as they lie.
 SIDES = ("query", "key", "value", "grad_output", "result")
+# Memory above this is mapped for itself by any allocator, and given back when it is free.
+MAPPED = 32 * 2**20
 # Fewer queries than this leave most of a strip empty.
 FEWEST = STRIP
 
@@ -238,11 +240,29 @@ def _run(
     return finite
 
 
+def _fresh(*shape: int) -> Tensor:
+    """Return memory for float32 numbers, whatever they are."""
+    made = torch.empty(shape, dtype=torch.float32)
+    if made.nbytes > MAPPED:
+        assert _library is not None
+        _library.longspan_large(c_void_p(made.data_ptr()), c_int64(made.nbytes))
+    return made
+
+
+def _covered(work: Work, query: Tensor, key: Tensor) -> bool:
+    """Say whether the library comes by every row of every head, and not only by those of heads that read something."""
+    read = sum(len(members) for members, _ in _joined(work.groups))
+    return bool(query.numel() and key.shape[2]) and read == query.shape[1]
+
+
 def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
     """Return output and log-sum-exp over all parts in float32, and whether they are finite."""
     query, key, value = map(_rowed, (query, key, value))
-    output = torch.zeros(*query.shape[:3], value.shape[3], dtype=torch.float32)
-    lse = torch.full(query.shape[:3], -torch.inf, dtype=torch.float32)
+    output = _fresh(*query.shape[:3], value.shape[3])
+    lse = _fresh(*query.shape[:3])
+    if not _covered(work, query, key):
+        output.zero_()
+        lse.fill_(-torch.inf)
     finite = _run("forward", work, (query, key, value), output=output, lse=lse)
     return output, lse, finite
 
@@ -265,11 +285,10 @@ def _slopes(
     # Heads that share keys are done by one thread; where there are too few of them, each thread sums up its own.
     apart = max(1, query.shape[0] * key.shape[1])
     splits = max(1, -(-torch.get_num_threads() // apart))
-    grads = [
-        torch.zeros(splits, *side.shape[:3], _whole(side.shape[3]), dtype=torch.float32)
-        for side in (key, value)
-    ]
-    into = torch.zeros(query.shape, dtype=torch.float32)
+    grads = [_fresh(splits, *side.shape[:3], _whole(side.shape[3])).zero_() for side in (key, value)]
+    into = _fresh(*query.shape)
+    if not _covered(work, query, key):
+        into.zero_()
     finite = _run(
         "backward",
         work,

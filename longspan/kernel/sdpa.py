@@ -45,7 +45,7 @@ def device_refusal(device: str) -> str:
 
 
 def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
-    """Return output and log-sum-exp over all parts, and whether the sum of the outputs is finite."""
+    """Return output and log-sum-exp over all parts, and whether the sums of outputs and queries are finite."""
     query, key, value = alike(query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
     output = torch.zeros(query.shape, dtype=exact)
@@ -66,7 +66,8 @@ def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tens
             call.read(lse).copy_(part_lse)
         else:
             merge_into(call.read(output), call.read(lse), part_output, part_lse)
-    return output, lse, bool(output.sum().isfinite())
+    # An infinite query whose scores are all minus infinity leaves no trace in the output.
+    return output, lse, bool((output.sum() + query.sum()).isfinite())
 
 
 def _accumulated(
