@@ -103,7 +103,9 @@ def test_intervals_overlap():
 def test_growth_is_measured_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     script = runpy.run_path(str(FOLDER / "growth.py"))
     report = tmp_path / "growth.json"
-    script["main"](["--lengths", "256,1024", "--only", "SlidingWindow", "--repeats", "2", "--json", str(report)])
+    script["main"](
+        ["--lengths", "256,1024", "--only", "SlidingWindow", "--repeats", "2", "--json", str(report)]
+    )
     (row,) = json.loads(report.read_text())["rows"]
     short, long = row["seconds"]
     assert row["growth"] == pytest.approx(long / 1024 / (short / 256))
