@@ -46,7 +46,7 @@ Plan
   layout     contiguous
   computed   33,744,640, 1.04 times the pairs
   flops      8,322,023,424 forward
-  workspace  386.0 kB forward, 967.7 kB backward at most
+  workspace  336.9 kB forward, 918.5 kB backward at most
   kernel     native
   heads 0 to 7
     1 x causal 512 queries by 512 keys

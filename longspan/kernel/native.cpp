@@ -14,7 +14,6 @@
 #include <limits>
 #include <new>
 #include <thread>
-#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -62,6 +61,28 @@ INLINE void store(float* to, Vector what) { std::memcpy(to, &what, sizeof what);
 
 // Less 0 leaves every number as it is, and the compiler knows it.
 INLINE Vector all(float number) { return number - Vector{}; }
+
+INLINE float number(float given) { return given; }
+
+INLINE float number(int8_t given) { return given; }
+
+INLINE float number(uint16_t given) {
+    const uint32_t wide = (uint32_t)given << 16;
+    float made;
+    std::memcpy(&made, &wide, 4);
+    return made;
+}
+
+INLINE Vector spread(const float* from) { return all(*from); }
+
+// A bfloat16 is the upper half of a float32.
+INLINE Vector spread(const uint16_t* from) {
+#if defined(__AVX512F__)
+    return (Vector)_mm512_maskz_broadcastw_epi16(0xAAAAAAAA, _mm_loadu_si16(from));
+#else
+    return all(number(*from));
+#endif
+}
 
 INLINE Vector larger(Vector one, Vector other) {
 #if defined(__AVX512F__)
@@ -113,14 +134,14 @@ INLINE Vector choose(uint32_t bits, Vector what, float otherwise) {
 
 // Add to `sums` the product of a matrix of R rows, read number by number at a row and a column distance, and one of
 // S strips of columns, read in vectors at a row distance.
-template <int R, int S>
-INLINE void product(Vector (&sums)[R][S * VECTORS], const float* left, int64_t down, int64_t along,
+template <int R, int S, class T>
+INLINE void product(Vector (&sums)[R][S * VECTORS], const T* left, int64_t down, int64_t along,
                     const float* right, int64_t next, int64_t deep) {
     for (int64_t step = 0; step < deep; step++, left += along, right += next) {
         Vector row[S * VECTORS];
         for (int c = 0; c < S * VECTORS; c++) row[c] = load(right + c * LANES);
         for (int r = 0; r < R; r++) {
-            const Vector one = all(left[r * down]);
+            const Vector one = spread(left + r * down);
             for (int c = 0; c < S * VECTORS; c++) sums[r][c] += one * row[c];
         }
     }
@@ -155,7 +176,8 @@ INLINE void tile(int height, int strips, Given... given) {
 // Scores of R keys and S strips of queries: products of keys and queries, unread ones struck out, and their maxima.
 template <int R, int S>
 struct Score {
-    static __attribute__((noinline)) void run(const float* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
+    template <class T>
+    static __attribute__((noinline)) void run(const T* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
                     float* scores, float* most) {
         Vector sums[R][S * VECTORS] = {};
         product<R, S>(sums, key, down, 1, queries, ROWS, width);
@@ -177,7 +199,8 @@ struct Score {
 // R numbers of the output of S strips of queries: what there is, rescaled, plus weights times values.
 template <int R, int S>
 struct Weigh {
-    static __attribute__((noinline)) void run(const float* value, int64_t next, const float* weights, int64_t deep, const float* rescale,
+    template <class T>
+    static __attribute__((noinline)) void run(const T* value, int64_t next, const float* weights, int64_t deep, const float* rescale,
                     float* output) {
         // Added up by themselves first: small sums are rounded by little.
         Vector sums[R][S * VECTORS] = {};
@@ -206,7 +229,8 @@ struct Collect {
 // Weights of R keys and S strips of queries from the log-sum-exps of the queries.
 template <int R, int S>
 struct Again {
-    static __attribute__((noinline)) void run(const float* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
+    template <class T>
+    static __attribute__((noinline)) void run(const T* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
                     const float* lse, const float* rest, float* weights) {
         Vector sums[R][S * VECTORS] = {};
         product<R, S>(sums, key, down, 1, queries, ROWS, width);
@@ -224,7 +248,8 @@ struct Again {
 // Gradients of the scores of R keys and S strips of queries.
 template <int R, int S>
 struct Slope {
-    static __attribute__((noinline)) void run(const float* value, int64_t down, const float* grads, int64_t width, const float* weights,
+    template <class T>
+    static __attribute__((noinline)) void run(const T* value, int64_t down, const float* grads, int64_t width, const float* weights,
                     const float* delta, float* slopes) {
         Vector sums[R][S * VECTORS] = {};
         product<R, S>(sums, value, down, 1, grads, ROWS, width);
@@ -374,17 +399,6 @@ __attribute__((noinline)) void transpose(const float* from, int64_t down, float*
     for (int r = 0; r < LANES; r++) store(to + r * across, rows[r]);
 }
 
-INLINE float number(float given) { return given; }
-
-INLINE float number(int8_t given) { return given; }
-
-INLINE float number(uint16_t given) {
-    const uint32_t wide = (uint32_t)given << 16;
-    float made;
-    std::memcpy(&made, &wide, 4);
-    return made;
-}
-
 template <class T>
 const T* row(const Side& side, int64_t batch, int64_t head, int64_t place) {
     return (const T*)side.data + batch * side.batch + head * side.head + place * side.row;
@@ -421,18 +435,6 @@ void turn_back(const float* from, int64_t wide, float* to) {
 }
 
 int64_t whole(int64_t width) { return (width + STRIP - 1) / STRIP * STRIP; }
-
-// Some keys or values of a run as float32, where they lie if that is what they are.
-template <class T>
-const float* as_float(const Side& side, int64_t batch, int64_t head, const Run& run, int64_t place, int64_t number,
-                  int64_t width, float* room, int64_t& next) {
-    const T* from = row<T>(side, batch, head, run.key + place * run.step);
-    next = side.row * run.step;
-    if constexpr (std::is_same_v<T, float>) return from;
-    gather(from, next, number, width, 1.0f, room, whole(width), number);
-    next = whole(width);
-    return room;
-}
 
 // What of a chunk of keys each strip of queries reads: places from `low` up to `high`.
 struct Live {
@@ -515,10 +517,9 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
                   value_wide = whole(value_width);
     const int64_t widest = std::max(wide, value_wide);
-    float* queries = room.take(ROWS * (wide + value_wide + widest + CHUNK + 4) + CHUNK * (wide + value_wide));
+    float* queries = room.take(ROWS * (wide + value_wide + widest + CHUNK + 4));
     float *output = queries + ROWS * wide, *rows = output + ROWS * value_wide, *scores = rows + ROWS * widest,
-          *most = scores + ROWS * CHUNK, *high = most + ROWS, *total = high + ROWS, *rescale = total + ROWS,
-          *key_room = rescale + ROWS, *value_room = key_room + CHUNK * wide;
+          *most = scores + ROWS * CHUNK, *high = most + ROWS, *total = high + ROWS, *rescale = total + ROWS;
     gather(row<T>(work.query, batch, head, block.start), work.query.row * block.step, block.rows, width,
            (float)(work.scale * LOG2E), rows, wide, ROWS);
     turn(rows, wide, queries);
@@ -543,9 +544,8 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
     for (const Run& run : block.runs)
         for (int64_t first = 0; first < run.columns; first += CHUNK) {
             const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
-            int64_t key_next, value_next;
-            const float* key = as_float<T>(work.key, batch, key_head, run, first, number, width,
-                                       key_room, key_next);
+            const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
+            const T* key = row<T>(work.key, batch, key_head, run.key + first * run.step);
             Live live;
             for (int r = 0; r < ROWS; r++) most[r] = UNREAD;
             tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
@@ -575,8 +575,7 @@ void forward_block(const Work& work, const Block& block, int64_t batch, int64_t 
                 for (int lane = 0; lane < LANES; lane++) moved |= changed[lane];
             }
 
-            const float* value = as_float<T>(work.value, batch, key_head, run, first, number,
-                                         value_width, value_room, value_next);
+            const T* value = row<T>(work.value, batch, key_head, run.key + first * run.step);
             live.each([&](int from, int strips, int64_t low, int64_t top) {
                 float* factors = rescale + from * STRIP;
                 for (int64_t i = 0; i < value_width; i += TALL)
@@ -613,11 +612,11 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
                     float* grad_value, Room& room) {
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
                   value_wide = whole(value_width);
-    float* rows = room.take(ROWS * (3 * wide + 2 * value_wide + 2 * CHUNK + 3) + CHUNK * (wide + value_wide));
+    float* rows = room.take(ROWS * (3 * wide + 2 * value_wide + 2 * CHUNK + 3));
     float *queries = rows + ROWS * wide, *into = queries + ROWS * wide, *grad_rows = into + ROWS * wide,
           *grads = grad_rows + ROWS * value_wide, *weights = grads + ROWS * value_wide,
           *slopes = weights + ROWS * CHUNK, *lse = slopes + ROWS * CHUNK, *delta = lse + ROWS,
-          *rest = delta + ROWS, *key_room = rest + ROWS, *value_room = key_room + CHUNK * wide;
+          *rest = delta + ROWS;
     const T* query = row<T>(work.query, batch, head, block.start);
     gather(query, work.query.row * block.step, block.rows, width, (float)(work.scale * LOG2E), rows, wide, ROWS);
     turn(rows, wide, queries);
@@ -642,11 +641,9 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
     for (const Run& run : block.runs)
         for (int64_t first = 0; first < run.columns; first += CHUNK) {
             const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
-            int64_t key_next, value_next;
-            const float* key = as_float<T>(work.key, batch, key_head, run, first, number, width,
-                                       key_room, key_next);
-            const float* value = as_float<T>(work.value, batch, key_head, run, first, number,
-                                         value_width, value_room, value_next);
+            const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
+            const T* key = row<T>(work.key, batch, key_head, run.key + first * run.step);
+            const T* value = row<T>(work.value, batch, key_head, run.key + first * run.step);
             Live live;
             tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
                 live.add(from, to, place, height, slopes, 0.0f);

@@ -112,9 +112,7 @@ def workspace(heads: int, queries: int, keys: int, width: int) -> tuple[int, int
     threads.
     """
     wide = _whole(width)
-    forward, backward = (
-        4 * (ROWS * (tall * wide + deep * CHUNK + 4) + 2 * CHUNK * wide) for tall, deep in ((3, 1), (5, 2))
-    )
+    forward, backward = (4 * ROWS * (tall * wide + deep * CHUNK + 4) for tall, deep in ((3, 1), (5, 2)))
     rows = 4 * heads * queries
     filled = 2 * 4 * heads * keys * (wide - width)
     return forward + rows, backward + 3 * rows + filled
