@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+# Prompts at each length and depth, of three models.
+_TRIALS = 4
+
 
 def command(
     output: Annotated[
@@ -27,7 +30,7 @@ def command(
     from longspan.cli.extend import described
     from longspan.cli.progress import Progress
     from longspan.evaluate.chart import chart
-    from longspan.evaluate.evaluation import evaluate
+    from longspan.evaluate.evaluation import Protocol, evaluate
     from longspan.evaluate.report import Report
     from longspan.evaluate.table import table
     from longspan.extend import extension
@@ -64,6 +67,7 @@ def command(
                     encode(held, tokenizer),
                     label=label,
                     source=source or "default",
+                    protocol=Protocol(trials=_TRIALS),
                     progress=progress.task,
                 )
             )

@@ -56,7 +56,7 @@ def command(
     ] = "0,0.25,0.5,0.75,1",
     trials: Annotated[
         int, typer.Option(min=1, metavar="N", help="Prompts of each task at each length and depth.")
-    ] = 4,
+    ] = 10,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the prompts.")] = 0,
     pattern: Annotated[
         str | None,

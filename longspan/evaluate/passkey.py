@@ -16,7 +16,7 @@ from longspan.text.encoding import opening
 from longspan.text.passkey import PasskeyPrompt, passkey_prompt, shortest
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-TRIALS = 4
+TRIALS = 10
 
 
 @dataclass(frozen=True)
