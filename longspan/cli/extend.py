@@ -50,7 +50,7 @@ def command(
             metavar="EXPRESSION",
             help='What each query reads while training, such as "S2(1024)"; {1/4} is a quarter of the window, '
             '";" stands between patterns of layers. The result reads densely.',
-            show_default="the last 5/16 and the first 1/4",
+            show_default="the last 1/4 and the first 1/8",
         ),
     ] = None,
     method: Annotated[

@@ -87,7 +87,7 @@ class Recipe:
 
     Example:
         >>> Recipe(length=1024).patterns(1024)
-        ('Streaming(320, sinks=256)',)
+        ('Streaming(256, sinks=128)',)
         >>> Recipe(length=1024, stages=3).windows
         (256, 512, 1024)
         >>> Recipe(length=32768).window, Recipe(length=32768, positions="counted").window
@@ -105,7 +105,7 @@ class Recipe:
     length: int = 4096
     rope: str = "yarn"
     margin: float = 1.5
-    pattern: str = "Streaming({5/16}, sinks={1/4})"
+    pattern: str = "Streaming({1/4}, sinks={1/8})"
     method: str = "lora+"
     window: int | None = None
     stages: int | None = None
