@@ -194,7 +194,7 @@ def test_the_figures_of_tasks_and_speed_are_in_the_json_and_in_the_table(tmp_pat
     ):
         assert line in shown, line
     only = report("variables").json()
-    assert only["protocol"]["trials"] == 4 and "perplexity" not in only["models"][0]
+    assert only["protocol"]["trials"] == Protocol().trials and "perplexity" not in only["models"][0]
 
 
 def printed(shown):

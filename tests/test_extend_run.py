@@ -249,8 +249,8 @@ def test_activations_that_are_recomputed_or_moved_change_nothing(tmp_path, monke
 @pytest.mark.parametrize(
     ("options", "read"),
     [
-        ({"stages": 2}, [("Streaming(20, sinks=16)",) * 2] * 2 + [("Streaming(40, sinks=32)",) * 2] * 2),
-        ({"window": 32}, [("Streaming(10, sinks=8)",) * 2] * 4),
+        ({"stages": 2}, [("Streaming(16, sinks=8)",) * 2] * 2 + [("Streaming(32, sinks=16)",) * 2] * 2),
+        ({"window": 32}, [("Streaming(8)",) * 2] * 4),
         ({"documents": "packed", "pattern": "Causal()"}, [("Causal()",) * 2] * 4),
         ({"pattern": "Window(8); LongMixed({1/4})"}, [("Window(8)", "LongMixed(32)")] * 4),
     ],
