@@ -85,6 +85,8 @@ class Slots:
             0 if table is None else table.shape[2],
         )
         self._kind, self._at = _KINDS.get(key.dtype), ctypes.addressof(self._slots)
+        # Nothing is written from here on, whoever counted wrong.
+        self._end = key.shape[-2] * (1 if table is None else table.shape[2])
         self._bytes = batch * heads * (key.shape[-1] + value.shape[-1]) * key.element_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -94,6 +96,8 @@ class Slots:
     def put(self, key: Tensor, value: Tensor, slot: int) -> bool:
         """Write one token of every row, `[rows, heads, 1, width]`, into a slot, or say that PyTorch has to."""
         if key.shape[2] != 1 or not readable(key, self._sides[0]) or key.dtype != value.dtype:
+            return False
+        if not 0 <= slot < self._end:
             return False
         whole = self._kind == _KINDS[torch.int8]
         if not whole and key.dtype != self._sides[0].dtype:
