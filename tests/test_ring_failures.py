@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from longspan import Causal, PerHead, SlidingWindow, attend, ring
 from longspan.errors import PlanError, ShapeError
 from longspan.layout import contiguous, zigzag
+from longspan.ring import agreement
 
 LENGTH = 24
 
@@ -41,6 +42,9 @@ def refusals(rank: int) -> list[str]:
     refused(*tensors(rank, heads=2 + 2 * (rank == 0)), Causal(), layout=layout)
     refused(*tensors(rank), Causal(), layout=zigzag(LENGTH, 4))
     refused(*tensors(rank), PerHead([Causal()] * 3), layout=layout)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agreement, "version", lambda name: f"0.{int(rank == 2)}")
+        refused(*tensors(rank), Causal(), layout=layout)
     # After all that, ranks that agree go on.
     ring.attend(*tensors(rank), Causal(), layout=layout)
     return said
@@ -64,6 +68,7 @@ def test_ranks_that_differ_are_found_before_they_exchange_anything(tmp_path: Pat
     assert "query  rank 0  [1, 4, 8] torch.float32" in said[0][2]
     assert "rank 1  the layout is for 4 ranks, and there are 3" in said[0][3]
     assert "rank 0  The heads cannot be divided equally among the parts of this pattern." in said[0][4]
+    assert "longspan  rank 0  0.0" in said[0][5] and "rank 2  0.1" in said[0][5]
 
 
 def lost(rank: int, strategy: str, way: str, end: str) -> str:
