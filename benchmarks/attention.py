@@ -19,7 +19,6 @@ shortest times instead of the medians.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -31,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from listing import aligned, processor
+from listing import aligned, numbers, processor, save
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -146,9 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rate = 2 * size**3 / _typical(product, options)
     report = _report([row for row, _ in rows], yardstick, rate, options)
     print(_table(report))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -158,7 +155,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", default="float32", choices=("float64", "float32", "bfloat16", "float16"))
     parser.add_argument(
-        "--lengths", type=_lengths, metavar="N,N", help="measure every pattern at these (default: its own)"
+        "--lengths", type=numbers, metavar="N,N", help="measure every pattern at these (default: its own)"
     )
     parser.add_argument(
         "--heads", type=int, default=8, metavar="N", help="query heads, a multiple of 4 (default: 8)"
@@ -175,10 +172,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     return parser.parse_args(arguments)
-
-
-def _lengths(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _measure(row: Row, operation: Callable[..., Tensor], device: torch.device, clock: str) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import statistics
 import sys
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from listing import aligned, processor
+from listing import aligned, processor, save
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
@@ -104,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             rows += _measure(model, names, growing, options)
     report = _report(rows, options)
     print(_table(report))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

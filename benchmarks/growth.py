@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from listing import aligned, forget, machine
+from listing import aligned, forget, machine, numbers, save
 
 from longspan import S2, SCCA, SDA, LongMixed, LongNet, SlidingWindow, Streaming, attend, plan
 from longspan.pattern import BigBird, Longformer, Pattern
@@ -78,9 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{report['machine']}; float32, width {options.width}, {report['threads']} threads, processor time")
     header = ("pattern", "heads", "kernel", "plan ms", "again", f"us a token, {short}", long, "growth")
     print(*aligned([(*header, "workspace MB"), *map(_line, rows)]), sep="\n")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -89,7 +87,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--lengths",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=numbers,
         default=list(LENGTHS),
         metavar="N,N",
         help="a short and a long text, in tokens (default: 16384,1048576)",

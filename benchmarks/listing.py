@@ -1,7 +1,8 @@
-"""What benchmarks share: tables of figures, the machine that they come from in words, and a memory that is cleared."""
+"""What benchmarks share: lists of numbers asked for, tables and files of figures, the machine in words, a cleared memory."""
 
 from __future__ import annotations
 
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,18 @@ def forget() -> None:
             for value in vars(module).values():
                 if hasattr(value, "cache_clear"):
                     value.cache_clear()
+
+
+def numbers(text: str) -> list[int]:
+    """Return the numbers that an option lists, with commas between them."""
+    return [int(part) for part in text.split(",")]
+
+
+def save(report: dict[str, Any], file: Path | None) -> None:
+    """Write all figures as JSON where a file is asked for, in a folder that need not be there yet."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -12,14 +12,13 @@ PyTorch's CPU kernel.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from listing import aligned, forget, machine
+from listing import aligned, forget, machine, numbers, save
 
 from longspan import S2, SCCA, SDA, Causal, LongMixed, LongNet, SlidingWindow, Streaming, Window, plan
 from longspan.pattern import BigBird, Dilated, Every, Fixed, Longformer, Pattern, Strided
@@ -58,9 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{report['machine']}; {options.heads} heads; ms of the processor")
     header = ("pattern", "length", "first", "cold", "again", "parts", "computed")
     print(*aligned([header, *map(_line, rows)]), sep="\n")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -69,7 +66,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--lengths",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=numbers,
         default=list(LENGTHS),
         metavar="N,N",
         help="tokens (default: 16384,1048576)",

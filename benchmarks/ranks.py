@@ -12,14 +12,13 @@ slowest rank over the mean, in pairs. Last, one step runs on two ranks of this m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from listing import aligned, machine
+from listing import aligned, machine, numbers, save
 from steps import CASES, steps
 
 from longspan import Causal, Chunk, Dilated, LongNet, SlidingWindow, Streaming
@@ -75,17 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(_table(report))
     print(_steps(report["steps"]))
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    save(report, options.json)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=_numbers, default=[32_768, 131_072, 1_048_576], metavar="N,N")
-    parser.add_argument("--ranks", type=_numbers, default=[8, 64, 1_024], metavar="N,N")
+    parser.add_argument("--lengths", type=numbers, default=[32_768, 131_072, 1_048_576], metavar="N,N")
+    parser.add_argument("--ranks", type=numbers, default=[8, 64, 1_024], metavar="N,N")
     parser.add_argument(
         "--step", type=int, default=8_192, metavar="N", help="most tokens of a step that runs (default: 8192)"
     )
@@ -97,10 +94,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=("float64", "float32", "bfloat16", "float16"))
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here too")
     return parser.parse_args(arguments)
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
 
 
 def _row(name: str, made: Plan) -> dict[str, Any]:
