@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
 import yaml
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
+
+from longspan import cli
+from longspan.extend.recipe import CHOICES, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
+
+# Of a recipe, what has no number or word of its own by default.
+SAID_IN_WORDS = {"model", "text", "column", "window", "stages", "rate"}
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +198,44 @@ def test_it_says_what_it_does_and_where_the_result_is(run, models, place):
     assert out == (
         f"the extended model is in {place}/out; compare: longspan eval {models}/tiny {place}/out\n"
     )
+
+
+def test_what_is_shown_as_the_default_is_the_recipe_s():
+    """Every field of the recipe is an option, shown with the value that a recipe without it has."""
+    commands = typer.main.get_command(cli.app).commands
+    options = {option.name: option for option in commands["extend"].params}
+    assert options.keys() - {field.name for field in fields(Recipe)} == {
+        *("config", "output", "resume", "device", "timeout")
+    }
+    for field in fields(Recipe):
+        option = options[field.name]
+        assert option.default is None
+        if field.name not in SAID_IN_WORDS:
+            value = field.default
+            assert option.show_default == (f"{value:g}" if isinstance(value, float) else str(value))
+    planned = {option.name: option.default for option in commands["plan"].params}
+    assert (planned["length"], planned["steps"]) == (str(Recipe.length), Recipe.steps)
+    for name, known in CHOICES.items():
+        assert options[name].metavar.split("|") == list(known)
+
+
+def test_what_follows_from_other_options_is_shown_as_it_is_chosen():
+    shown = {
+        option.name: option.show_default
+        for option in typer.main.get_command(cli.app).commands["extend"].params
+    }
+    numbers = {
+        name: re.findall(r"[\d,.e-]*\d", text) for name, text in shown.items() if isinstance(text, str)
+    }
+    assert numbers["rate"] == [f"{Recipe().rate:g}", f"{Recipe(method='full').rate:g}"] and RATES.keys() == {
+        "full"
+    }
+    assert numbers["window"] == [f"{WHOLE:,}"]
+    assert (Recipe(length=WHOLE).window, Recipe(length=8 * WHOLE).window) == (WHOLE, 2 * WHOLE)
+    assert numbers["stages"] == [str(STAGES), f"{SHORTEST:,}"]
+    assert Recipe(length=8 * WHOLE).stages == STAGES
+    assert min(Recipe(length=2 * SHORTEST).windows) == SHORTEST
+    # What the recipe says of itself are the same numbers.
+    told = Recipe.__doc__
+    assert f"`length` up to {WHOLE:,}" in told and f"whose windows have {SHORTEST:,} tokens" in told
+    assert [float(rate) for rate in re.findall(r"[\d.]+e-\d+", told)] == [RATES["full"], RATE]

@@ -11,6 +11,9 @@ import typer
 from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
+from longspan.extend.recipe import CHOICES, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
+
+_OUTPUT = Path("extended")
 
 
 def command(
@@ -25,7 +28,9 @@ def command(
     ] = None,
     length: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Tokens the model shall read; 4k is 4096.", show_default="4096"),
+        typer.Option(
+            metavar="N", help="Tokens the model shall read; 4k is 4096.", show_default=str(Recipe.length)
+        ),
     ] = None,
     text: Annotated[str | None, options.text("Text to train on")] = None,
     column: options.Column = None,
@@ -35,13 +40,15 @@ def command(
             metavar="NAME",
             help="How positions are stretched: linear, ntk, yarn, llama3; longrope (factors searched on the text); "
             'a file of factors; or a frequency such as "YaRN(8, original=4096)".',
-            show_default="yarn",
+            show_default=Recipe.rope,
         ),
     ] = None,
     margin: Annotated[
         float | None,
         typer.Option(
-            metavar="F", help="Stretch this much further than the lengths ask for.", show_default="1.5"
+            metavar="F",
+            help="Stretch this much further than the lengths ask for.",
+            show_default=f"{Recipe.margin:g}",
         ),
     ] = None,
     pattern: Annotated[
@@ -50,15 +57,15 @@ def command(
             metavar="EXPRESSION",
             help='What each query reads while training, such as "S2(1024)"; {1/4} is a quarter of the window, '
             '";" stands between patterns of layers. The result reads densely.',
-            show_default="the last 1/4 and the first 1/8",
+            show_default=Recipe.pattern,
         ),
     ] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            metavar="full|lora|lora+|qlora",
+            metavar="|".join(CHOICES["method"]),
             help="Which weights are trained; lora+ is LoRA, and embeddings and norms whole.",
-            show_default="lora+",
+            show_default=Recipe.method,
         ),
     ] = None,
     window: Annotated[
@@ -66,7 +73,7 @@ def command(
         typer.Option(
             metavar="N",
             help="Tokens of a training window.",
-            show_default="the length up to 4,096, a quarter of longer ones",
+            show_default=f"the length up to {WHOLE:,}, a quarter of longer ones",
         ),
     ] = None,
     stages: Annotated[
@@ -74,64 +81,79 @@ def command(
         typer.Option(
             metavar="N",
             help="Parts of the training, windows doubling in each.",
-            show_default="3, from windows of 1,024 tokens on",
+            show_default=f"{STAGES}, from windows of {SHORTEST:,} tokens on",
         ),
     ] = None,
     positions: Annotated[
         str | None,
         typer.Option(
-            metavar="skipping|counted",
+            metavar="|".join(CHOICES["positions"]),
             help="Whether positions skip in windows shorter than the length, so that they reach over all of it (PoSE).",
-            show_default="skipping",
+            show_default=Recipe.positions,
         ),
     ] = None,
     documents: Annotated[
         str | None,
         typer.Option(
-            metavar="joined|packed",
+            metavar="|".join(CHOICES["documents"]),
             help="Whether a window reads over the ends of documents.",
-            show_default="joined",
+            show_default=Recipe.documents,
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default="450")
+        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default=str(Recipe.steps))
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", help="Windows at a time, on each device.", show_default="1")
+        int | None,
+        typer.Option(metavar="N", help="Windows at a time, on each device.", show_default=str(Recipe.batch)),
     ] = None,
     accumulate: Annotated[
         int | None,
-        typer.Option(metavar="N", help="How many times as many windows make a step.", show_default="1"),
+        typer.Option(
+            metavar="N",
+            help="How many times as many windows make a step.",
+            show_default=str(Recipe.accumulate),
+        ),
     ] = None,
     rate: Annotated[
         float | None,
-        typer.Option(metavar="R", help="Peak learning rate.", show_default="1.5e-3, 2e-5 for full"),
+        typer.Option(
+            metavar="R",
+            help="Peak learning rate.",
+            show_default=", ".join([f"{RATE:g}", *(f"{rate:g} for {name}" for name, rate in RATES.items())]),
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default="32")
+        int | None,
+        typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default=str(Recipe.rank)),
     ] = None,
     repeats: Annotated[
         float | None,
-        typer.Option(metavar="SHARE", help="Windows in which segments recur.", show_default="0"),
+        typer.Option(
+            metavar="SHARE", help="Windows in which segments recur.", show_default=f"{Recipe.repeats:g}"
+        ),
     ] = None,
     passkeys: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="Windows that hide a passkey.", show_default="1")
+        float | None,
+        typer.Option(
+            metavar="SHARE", help="Windows that hide a passkey.", show_default=f"{Recipe.passkeys:g}"
+        ),
     ] = None,
     activations: Annotated[
         str | None,
         typer.Option(
-            metavar="kept|recomputed|offloaded",
+            metavar="|".join(CHOICES["activations"]),
             help="Recomputing them on the way back (gradient checkpointing) takes far less memory; so does moving "
             "them from a CUDA device to the CPU's memory.",
-            show_default="kept",
+            show_default=Recipe.activations,
         ),
     ] = None,
     loss: Annotated[
         str | None,
         typer.Option(
-            metavar="chunked|whole",
+            metavar="|".join(CHOICES["loss"]),
             help="Logits of a few tokens at a time, or of all.",
-            show_default="chunked",
+            show_default=Recipe.loss,
         ),
     ] = None,
     sequence_ranks: Annotated[
@@ -139,18 +161,19 @@ def command(
         typer.Option(
             metavar="N",
             help="Processes of torchrun that read each window together, split along the sequence; 0 is all.",
-            show_default="1",
+            show_default=str(Recipe.sequence_ranks),
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Seed of all random choices.", show_default="0")
+        int | None,
+        typer.Option(metavar="N", help="Seed of all random choices.", show_default=str(Recipe.seed)),
     ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
             help="Where the extended model goes; empty, or not there yet.",
-            show_default="extended",
+            show_default=str(_OUTPUT),
         ),
     ] = None,
     resume: Annotated[
@@ -196,7 +219,7 @@ def command(
         "seed": seed,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    place = output or Path("extended")
+    place = output or _OUTPUT
     if resume and (given or config):
         named = ", ".join([*given, *(["config"] if config else [])])
         raise InputError(
@@ -228,7 +251,6 @@ def run(
     from longspan.cli.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.extend import extension
-    from longspan.extend.recipe import Recipe
 
     place, patience = device_named(device), timedelta(seconds=timeout)
     first = extension.rank() == 0
@@ -266,11 +288,11 @@ def run(
         )
 
 
-def described(recipe: Any) -> str:
+def described(recipe: Recipe) -> str:
     """Return one line that says what a recipe does."""
     model, text = recipe.model or "the default model", recipe.text or "the standard library"
     parts = [recipe.rope.partition("(")[0], "; ".join(recipe.patterns(recipe.window))]
-    if recipe.method != "lora+":
+    if recipe.method != Recipe.method:
         parts.append(recipe.method)
     if recipe.stages > 1:
         parts.append(f"{recipe.stages} stages")

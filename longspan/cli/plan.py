@@ -9,19 +9,20 @@ import typer
 from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
+from longspan.extend.recipe import Recipe
 
 
 def command(
     model: options.Model = None,
     length: Annotated[
         str, typer.Option(metavar="N", help="Tokens the model shall read; 128k is 131072.")
-    ] = "4096",
+    ] = str(Recipe.length),
     devices: Annotated[int, typer.Option("--gpus", metavar="N", help="How many devices there are.")] = 1,
     memory: Annotated[float, typer.Option(metavar="GB", help="Memory of each.")] = 80.0,
     speed: Annotated[
         float, typer.Option(metavar="TFLOPS", help="What each sustains, in 10^12 operations per second.")
     ] = 300.0,
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = 450,
+    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = Recipe.steps,
 ) -> None:
     """Say what an extension would take, and which way to go.
 
@@ -32,7 +33,6 @@ def command(
     """
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from longspan.extend.forecast import Machine, advice, by_method
-    from longspan.extend.recipe import Recipe
     from longspan.hf.model import load_config
     from longspan.size import size
 

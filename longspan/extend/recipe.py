@@ -9,19 +9,18 @@ from numbers import Real
 from typing import Any
 
 from longspan.errors import InputError, message
-from longspan.frequency import Frequency
 
 METHODS = ("full", "lora", "lora+", "qlora")
 # LongLoRA's rate (arXiv 2309.12307, section 4.1) where every weight is trained, ours where few are.
-_RATES = {"full": 2e-5}
-_RATE = 1.5e-3
+RATES = {"full": 2e-5}
+RATE = 1.5e-3
 
 # The longest window that is whole unless told otherwise; the shortest one of a stage, and the most stages.
-_WHOLE = 4096
-_SHORTEST = 1024
-_STAGES = 3
+WHOLE = 4096
+SHORTEST = 1024
+STAGES = 3
 
-_CHOICES = {
+CHOICES = {
     "method": METHODS,
     "documents": ("joined", "packed"),
     "positions": ("skipping", "counted"),
@@ -124,17 +123,21 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.rope, Frequency):
-            object.__setattr__(self, "rope", str(self.rope))
+        if not isinstance(self.rope, str):
+            # Loading torch takes seconds, which a recipe in plain words need not wait for.
+            from longspan.frequency import Frequency
+
+            if isinstance(self.rope, Frequency):
+                object.__setattr__(self, "rope", str(self.rope))
         for field in fields(self):
             _check_type(field.name, str(field.type), getattr(self, field.name))
         if self.rate is None:
-            object.__setattr__(self, "rate", _RATES.get(self.method, _RATE))
+            object.__setattr__(self, "rate", RATES.get(self.method, RATE))
         if self.window is None:
             object.__setattr__(self, "window", self._usual_window())
         if self.stages is None:
             object.__setattr__(self, "stages", self._usual_stages())
-        for name, known in _CHOICES.items():
+        for name, known in CHOICES.items():
             _check_choice(name, getattr(self, name), known)
         for name, least in _LEAST.items():
             if getattr(self, name) < least:
@@ -167,11 +170,11 @@ class Recipe:
             )
 
     def _usual_window(self) -> int:
-        return max(_WHOLE, self.length // 4) if self._may_skip() and self.length > _WHOLE else self.length
+        return max(WHOLE, self.length // 4) if self._may_skip() and self.length > WHOLE else self.length
 
     def _usual_stages(self) -> int:
-        doublings = max(self.window // _SHORTEST, 1).bit_length() if self._may_skip() else 1
-        return max(1, min(_STAGES, doublings, self.steps))
+        doublings = max(self.window // SHORTEST, 1).bit_length() if self._may_skip() else 1
+        return max(1, min(STAGES, doublings, self.steps))
 
     def _may_skip(self) -> bool:
         return self.positions == "skipping" and self.documents == "joined" and self.sequence_ranks == 1
