@@ -14,19 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import subprocess
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from listing import forget, machine, page
+from listing import machine, page
+from meter import TOY, Meter, Row, Sizes
 from stream import generated, mixture, read
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,45 +41,14 @@ from longspan import (
     SlidingWindow,
     Streaming,
     attend,
-    attend_with_lse,
-    plan,
 )
-from longspan.derive.cost import cost
 from longspan.pattern import Pattern
 
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-_FORWARD, _BACKWARD = 4, 10
-Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What is measured at which size; lengths in tokens."""
-
-    product: int = 8_192
-    dense: int = 32_768
-    window: int = 4_096
-    medium: int = 131_072
-    long: int = 1_048_576
-    longest: int = 4_194_304
-    stream: int = 1 << 30
-    chunk: int = 1 << 24
-    first: int = 2_048
-    samples: int = 16
-    heads: int = 8
-    width: int = 64
-    repeats: int = 5
-
-
-TOY = Sizes(64, 64, 16, 96, 128, 192, 512, 256, 16, 8, 4, 16, 1)
-
-
-class Bench:
+class Bench(Meter):
     """The tables, one method each, which yield rows."""
-
-    def __init__(self, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> None:
-        self.sizes, self.device, self.dtype = sizes, device, dtype
-        self.product = self._product()
 
     def patterns(self, length: int) -> list[Pattern]:
         """LongNet, S2, SCCA and LongMixed with the sizes of their papers' texts, in proportion."""
@@ -93,22 +61,20 @@ class Bench:
             LongMixed(max(8, length // 128)),
         ]
 
-    # The tables.
-
     def dense(self) -> Iterator[Row]:
         """Causal attention over everything, beside each of PyTorch's kernels."""
         length = self.sizes.dense
-        yield self._rates("longspan", partial(attend, pattern=Causal()), Causal(), length)
+        yield self.rates("longspan", partial(attend, pattern=Causal()), Causal(), length)
         for backend in BACKENDS if self.device.type == "cuda" else (SDPBackend.MATH,):
-            yield self._rates(f"PyTorch, {backend.name.lower()}", _within(backend), Causal(), length)
+            yield self.rates(f"PyTorch, {backend.name.lower()}", _within(backend), Causal(), length)
 
     def window(self) -> Iterator[Row]:
         """A window, planned and run, beside compiled FlexAttention with a mask of its own, and dense attention."""
         length, width = self.sizes.medium, self.sizes.window
         pattern = SlidingWindow(width)
-        planned = self._planned(pattern, length)
+        planned = self.planned(pattern, length)
         for kernel in ("flash", "flex") if self.device.type == "cuda" else (None,):
-            row = self._rates(
+            row = self.rates(
                 f"longspan, {kernel}", partial(attend, pattern=pattern, kernel=kernel), pattern, length
             )
             yield row | {"planning_seconds": planned}
@@ -117,21 +83,21 @@ class Bench:
             return (k <= q) & (q - k < width)
 
         if self.device.type == "cuda":
-            begin = self._now()
+            begin = self.now()
             own = torch.compile(create_block_mask)(mask, None, None, length, length, device=self.device)
-            made = self._now() - begin
+            made = self.now() - begin
             run = torch.compile(flex_attention, dynamic=False)
-            row = self._rates("FlexAttention, mask of its own", partial(run, block_mask=own), pattern, length)
+            row = self.rates("FlexAttention, mask of its own", partial(run, block_mask=own), pattern, length)
             yield row | {"planning_seconds": made}
             dense = partial(scaled_dot_product_attention, is_causal=True)
-            yield self._rates("dense, PyTorch", dense, Causal(), self.sizes.dense)
+            yield self.rates("dense, PyTorch", dense, Causal(), self.sizes.dense)
 
     def patterns_by_length(self) -> Iterator[Row]:
         """LongNet, S2, SCCA and LongMixed at two lengths."""
         for length in (self.sizes.medium, self.sizes.long):
             for pattern in self.patterns(length):
-                planned = self._planned(pattern, length)
-                row = self._rates(str(pattern), partial(attend, pattern=pattern), pattern, length)
+                planned = self.planned(pattern, length)
+                row = self.rates(str(pattern), partial(attend, pattern=pattern), pattern, length)
                 yield row | {"planning_seconds": planned}
 
     def planning(self) -> Iterator[Row]:
@@ -146,7 +112,7 @@ class Bench:
         ):
             for kernel in ("flash", "flex"):
                 try:
-                    seconds = self._planned(pattern, length, kernel)
+                    seconds = self.planned(pattern, length, kernel)
                 except Exception as error:
                     yield {
                         "what": str(pattern),
@@ -165,17 +131,17 @@ class Bench:
     def memory(self) -> Iterator[Row]:
         """A window over a very long text, forward and backward: the peak beside the tensors themselves."""
         length, pattern = self.sizes.longest, SlidingWindow(self.sizes.window)
-        query, key, value, seed = self._tensors(length)
+        query, key, value, seed = self.tensors(length)
         sides = query.numel() * query.element_size()
-        self._planned(pattern, length)
+        self.planned(pattern, length)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        begin = self._now()
+        begin = self.now()
         output = attend(query, key, value, pattern)
-        middle = self._now()
+        middle = self.now()
         output.backward(seed)
         row = {"what": str(pattern), "length": length, "forward_seconds": middle - begin}
-        row |= {"backward_seconds": self._now() - middle}
+        row |= {"backward_seconds": self.now() - middle}
         # Three inputs, the output, its gradient and three gradients.
         row |= {"tensor_bytes": 8 * sides}
         if self.device.type == "cuda":
@@ -207,11 +173,11 @@ class Bench:
     def decoding(self) -> Iterator[Row]:
         """One query against all keys, whose stretches run side by side; bytes of keys and values for each second."""
         for length in (self.sizes.medium, self.sizes.long):
-            query, key, value, _ = (side.detach() for side in self._tensors(length))
+            query, key, value, _ = (side.detach() for side in self.tensors(length))
             step = query[:, :, -1:].contiguous()
             with torch.no_grad():
-                seconds = self._median(partial(attend, step, key, value, Causal()))
-                theirs = self._median(partial(scaled_dot_product_attention, step, key, value))
+                seconds = self.median(partial(attend, step, key, value, Causal()))
+                theirs = self.median(partial(scaled_dot_product_attention, step, key, value))
             size = 2 * key.numel() * key.element_size()
             yield {
                 "what": "one query",
@@ -234,7 +200,7 @@ class Bench:
                 Streaming(60),
             ):
                 for kernel in ("flash", "flex") if self.device.type == "cuda" else (None,):
-                    yield self._against_truth(pattern, kernel)
+                    yield self.against_truth(pattern, kernel)
         finally:
             torch.use_deterministic_algorithms(False)
 
@@ -253,98 +219,6 @@ class Bench:
             f"exit code {done.returncode}"
         ]
         yield {"what": "compute-sanitizer memcheck", "found": last[-1].strip("= ")}
-
-    # How they are measured.
-
-    def _product(self) -> float:
-        size = self.sizes.product
-        factors = torch.randn(2, size, size, device=self.device, dtype=self.dtype)
-        return 2 * size**3 / self._median(lambda: factors[0] @ factors[1])
-
-    def _rates(self, name: str, operation: Callable[..., Tensor], pattern: Pattern, length: int) -> Row:
-        """Return rates of useful work, forward and backward, and as shares of the product."""
-        sizes = self.sizes
-        pairs = cost(pattern, length=length, heads=sizes.heads, width=sizes.width).pairs
-        query, key, value, seed = self._tensors(length)
-        times: dict[str, list[float]] = {"forward": [], "backward": []}
-        # The first round warms up and is not kept.
-        for _ in range(sizes.repeats + 1):
-            begin = self._now()
-            output = operation(query, key, value)
-            middle = self._now()
-            output.backward(seed)
-            times["forward"].append(middle - begin)
-            times["backward"].append(self._now() - middle)
-        row: Row = {"what": name, "length": length, "pairs": pairs}
-        for side, work in (("forward", _FORWARD), ("backward", _BACKWARD)):
-            seconds = statistics.median(times[side][1:])
-            rate = work * sizes.width * pairs / seconds
-            row |= {
-                f"{side}_seconds": seconds,
-                f"{side}_tflops": rate / 1e12,
-                f"{side}_of_product": rate / self.product,
-            }
-        return row
-
-    def _planned(self, pattern: Pattern, length: int, kernel: str | None = None) -> float:
-        """Return the seconds that planning takes with nothing kept, the least of three."""
-        sizes = self.sizes
-        dtype = str(self.dtype).removeprefix("torch.")
-        options = {
-            "heads": sizes.heads,
-            "width": sizes.width,
-            "dtype": dtype,
-            "kernel": kernel,
-            "device": "cuda",
-        }
-        times = []
-        for _ in range(3):
-            forget()
-            begin = time.perf_counter()
-            plan(pattern, length=length, **options)
-            times.append(time.perf_counter() - begin)
-            if times[-1] > 1:
-                break
-        return min(times)
-
-    def _against_truth(self, pattern: Pattern, kernel: str | None) -> Row:
-        length = 300
-        sides = [side.detach() for side in self._tensors(length)[:3]]
-        results = []
-        for dtype, device, asked in ((torch.float64, "cpu", "reference"), (self.dtype, self.device, kernel)):
-            leaves = [side.to(device, dtype).requires_grad_() for side in sides]
-            output, lse = attend_with_lse(*leaves, pattern, kernel=asked)
-            (output.float().square().sum() + lse[lse.isfinite()].sum()).backward()
-            results.append([output, *(leaf.grad for leaf in leaves)])
-        truth, got = ([side.detach().double().cpu() for side in result] for result in results)
-        apart = [float((one - other).abs().max()) for one, other in zip(got, truth, strict=True)]
-        finite = all(bool(side.isfinite().all()) for side in got)
-        return {
-            "what": str(pattern),
-            "kernel": kernel,
-            "finite": finite,
-            "output_error": apart[0],
-            "gradient_error": max(apart[1:]),
-        }
-
-    def _tensors(self, length: int) -> list[Tensor]:
-        shape = (1, length, self.sizes.heads, self.sizes.width)
-        # As a model gives them: transposed, with the heads inside the length.
-        made = [torch.randn(shape, device=self.device, dtype=self.dtype).transpose(1, 2) for _ in range(4)]
-        return [*(side.requires_grad_() for side in made[:3]), made[3]]
-
-    def _median(self, action: Callable[[], object]) -> float:
-        times = []
-        for _ in range(self.sizes.repeats + 1):
-            begin = self._now()
-            action()
-            times.append(self._now() - begin)
-        return statistics.median(times[1:])
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
 
 
 TABLES = (

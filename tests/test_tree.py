@@ -14,6 +14,7 @@ import longspan
 
 ROOT = Path(longspan.__file__).parent
 TESTS = Path(__file__).parent
+BENCHMARKS = TESTS.parent / "benchmarks"
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # What a part may import besides itself. Imports point down this list only.
@@ -129,7 +130,11 @@ def test_nothing_is_evaluated_from_text(module: Path):
             assert node.func.id not in ("eval", "exec", "compile"), f"{named(module)}:{node.lineno}"
 
 
-@pytest.mark.parametrize("module", MODULES + sorted(TESTS.glob("*.py")), ids=lambda module: module.name)
+@pytest.mark.parametrize(
+    "module",
+    [*MODULES, *sorted(TESTS.glob("*.py")), *sorted(BENCHMARKS.glob("*.py"))],
+    ids=lambda module: module.name,
+)
 def test_files_have_one_job(module: Path):
     assert len(module.read_text().splitlines()) <= 400
     assert module.stem not in ("utils", "util", "common", "helpers", "helper", "misc")
