@@ -12,8 +12,9 @@ import pytest
 from rich.console import Console
 from tiny import byte_tokenizer, llama
 
-from longspan.cli.eval import check_output, parse_measures
+from longspan.cli.eval import parse_measures
 from longspan.cli.lengths import parse_length, parse_lengths
+from longspan.cli.output import check_output
 from longspan.cli.progress import Progress
 from longspan.errors import InputError
 from longspan.evaluate.evaluation import GROUPS, MEASURES

@@ -26,8 +26,8 @@ def command(
 
     from rich.console import Console
 
-    from longspan.cli.eval import check_output
     from longspan.cli.extend import described
+    from longspan.cli.output import check_output
     from longspan.cli.progress import Progress
     from longspan.evaluate.chart import chart
     from longspan.evaluate.evaluation import Protocol, evaluate

@@ -7,20 +7,14 @@ from typing import Annotated
 
 import typer
 
-from longspan.cli.eval import check_output
-from longspan.cli.read import check_file, save
+from longspan.cli import options
+from longspan.cli.output import check_output, save
+from longspan.cli.read import text_of
 
 
 def command(
     file: Annotated[str, typer.Argument(metavar="FILE", help="The text, UTF-8.")],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Folder or Hugging Face id; without it, the default model.",
-            show_default=False,
-        ),
-    ] = None,
+    model: options.ModelOption = None,
     question: Annotated[
         str | None,
         typer.Option(
@@ -37,15 +31,8 @@ def command(
         int, typer.Option(min=0, metavar="N", help="Tokens of a chunk that the next one begins with.")
     ] = 0,
     answer: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 64,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
-        ),
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all answers here.", show_default=False)
-    ] = None,
+    device: options.Device = None,
+    json: options.Json = None,
 ) -> None:
     """Answer a question about a text that is longer than a model reads, for models that are not extended.
 
@@ -61,12 +48,10 @@ def command(
     from longspan.cli.progress import Progress
     from longspan.evaluate.digest import digest
     from longspan.hf.model import load_model
-    from longspan.text.documents import documents
 
     place = device_named(device)
     check_output(json, (".json",))
-    check_file(file)
-    text = documents(file)[0].text
+    text = text_of(file)
     loaded, tokenizer = load_model(model, device=place)
     with Progress() as progress:
         found = digest(

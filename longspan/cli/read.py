@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from longspan.cli import options
-from longspan.cli.eval import check_output
+from longspan.cli.output import check_output, save
 from longspan.errors import InputError, PatternError, message
 
 if TYPE_CHECKING:
@@ -73,7 +73,6 @@ def command(
     from longspan.hf.model import check_tokens, load_config, load_model
     from longspan.hf.stream import StreamCache
     from longspan.pattern.expression import parse
-    from longspan.text.documents import documents
 
     if places not in (None, *_PLACES):
         raise InputError(
@@ -84,8 +83,7 @@ def command(
     sparse = None if pattern is None else parse(pattern)
     place = device_named(device)
     check_output(json, (".json",))
-    check_file(file)
-    text = documents(file)[0].text
+    text = text_of(file)
     config = load_config(model)
     sparse = sparse or fitting(config)
     loaded, tokenizer = load_model(model, device=place)
@@ -137,12 +135,14 @@ def command(
         console.print(f"figures in {json}", highlight=False, markup=False, soft_wrap=True)
 
 
-def check_file(file: str) -> None:
-    """Refuse what is no file.
+def text_of(file: str) -> str:
+    """Return the text in a file.
 
     Raises:
-        InputError: there is nothing there, or a folder.
+        InputError: there is nothing there, or a folder, or no text in it.
     """
+    from longspan.text.documents import documents
+
     path = Path(file).expanduser()
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
@@ -153,6 +153,7 @@ def check_file(file: str) -> None:
                 fix="the path of one text file",
             )
         )
+    return documents(file)[0].text
 
 
 def fitting(config: Any) -> Pattern:
@@ -237,13 +238,6 @@ def table(found: tuple[Checkpoint, ...], title: str) -> Table:
         cells = [f"{at.tokens:,}", f"{at.perplexity:.3f}", f"{_exp(at.recent):.3f}"]
         made.add_row(*cells, f"{at.tokens_per_second:,.0f}", size(at.cache_bytes), size(at.memory_bytes))
     return made
-
-
-def save(figures: dict[str, Any], path: Path) -> None:
-    """Write figures as JSON."""
-    import json
-
-    path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def _exp(loss: float) -> float:

@@ -48,7 +48,7 @@ def command(
     Example: longspan show "LongMixed(1024)" --length 1m --svg longmixed.svg
     """
     # Loading torch takes seconds, which `longspan --help` need not wait for.
-    from longspan.cli.eval import check_output
+    from longspan.cli.output import check_output
     from longspan.derive.picture import picture
     from longspan.derive.reach import reach
     from longspan.kernel.plan import plan

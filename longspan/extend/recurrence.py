@@ -12,10 +12,9 @@ from transformers.cache_utils import Cache
 
 from longspan.attend import attend
 from longspan.cache.origin import moved
-from longspan.errors import InputError, PatternError, PlanError, message
-from longspan.hf.attention import NAME, attention_modules
+from longspan.errors import InputError, PlanError, message
 from longspan.hf.batch import Batch
-from longspan.hf.cache import PatternLayer
+from longspan.hf.cache import PatternLayer, layers_of
 from longspan.pattern import Causal, Chunk, Pattern, PerHead
 from longspan.score import Score
 
@@ -132,19 +131,7 @@ class Carried(Cache):
     """
 
     def __init__(self, model: nn.Module, *, memory: int) -> None:
-        modules = sorted(attention_modules(model), key=lambda module: module.layer_idx)
-        if not all(hasattr(module, NAME) for module in modules):
-            raise PatternError(
-                message(
-                    "This model has no patterns, and its own attention does not know what is carried.",
-                    {"model": type(model).__name__},
-                    fix="set_pattern(model, Causal())",
-                )
-            )
-        layers = [CarriedLayer(module, {"memory": memory}) for module in modules]
-        for layer in layers:
-            layer.family = layers
-        super().__init__(layers=layers)
+        super().__init__(layers=layers_of(model, CarriedLayer, {"memory": memory}))
 
 
 class CarriedLayer(PatternLayer):

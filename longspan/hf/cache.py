@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -63,30 +63,11 @@ class PatternCache(Cache):
     def __init__(
         self, model: nn.Module, *, block: int = 64, undo: int = 0, storage: str | held.Pool | None = None
     ) -> None:
-        modules = attention_modules(model)
-        unset = [module for module in modules if not hasattr(module, NAME)]
-        if unset:
-            raise PatternError(
-                message(
-                    "This model has no patterns, so nothing says which keys can still be read.",
-                    {"model": type(model).__name__},
-                    fix="set_pattern(model, SlidingWindow(4096)), then PatternCache(model)",
-                )
-            )
-        # Says what is wrong with the options now rather than in the middle of a forward.
-        held.Cache(
-            modules[0].longspan.pattern,
-            heads=modules[0].config.num_attention_heads,
-            block=block,
-            undo=undo,
-            storage=storage,
-        )
         options = {"block": block, "undo": undo, "storage": storage}
-        layers = [
-            PatternLayer(module, options) for module in sorted(modules, key=lambda each: each.layer_idx)
-        ]
-        for layer in layers:
-            layer.family = layers
+        layers = layers_of(model, PatternLayer, options)
+        # Says what is wrong with the options now rather than in the middle of a forward.
+        heads = layers[0].module().config.num_attention_heads
+        held.Cache(layers[0].setting.pattern, heads=heads, **options)
         super().__init__(layers=layers)
 
     def fork(self) -> PatternCache:
@@ -109,9 +90,7 @@ class PatternCache(Cache):
             (True, 90)
         """
         other = copy.copy(self)
-        other.layers = [layer.fork() for layer in self.layers]
-        for layer in other.layers:
-            layer.family = other.layers
+        other.layers = related([layer.fork() for layer in self.layers])
         return other
 
     @property
@@ -299,6 +278,39 @@ class PatternLayer(CacheLayerMixin):
 
     def _refuse(self, reason: str, fix: str) -> PlanError:
         return PlanError(message("This cache cannot be read here.", {"why": reason}, fix=fix))
+
+
+Layer = TypeVar("Layer", bound=PatternLayer)
+
+
+def layers_of(model: nn.Module, kind: type[Layer], options: dict[str, Any]) -> list[Layer]:
+    """Return what a cache holds for each layer of a model, in their order.
+
+    Args:
+        model: a decoder that `set_pattern` was called on.
+        kind: the class of the layers.
+        options: theirs.
+
+    Raises:
+        PatternError: a model without patterns.
+    """
+    modules = sorted(attention_modules(model), key=lambda module: module.layer_idx)
+    if not all(hasattr(module, NAME) for module in modules):
+        raise PatternError(
+            message(
+                "This model has no patterns, so nothing says which keys of a cache are read.",
+                {"model": type(model).__name__},
+                fix="set_pattern(model, SlidingWindow(4096)), or with any other pattern, before the cache is made",
+            )
+        )
+    return related([kind(module, options) for module in modules])
+
+
+def related(layers: list[Layer]) -> list[Layer]:
+    """Return layers that know one another: the first checks for all, and the last has done what all do."""
+    for layer in layers:
+        layer.family = layers
+    return layers
 
 
 def pool_for(model: nn.Module, *, tokens: int, size: int = 16) -> held.Pool:

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from longspan.derive.lifetime import alive
-from longspan.hf.attention import attention_modules
 from longspan.hf.batch import Batch
-from longspan.hf.cache import PatternLayer
+from longspan.hf.cache import PatternLayer, layers_of
 from longspan.hf.shards import Shared
 from longspan.pattern import Pattern
 from longspan.ring.held import attend_held
@@ -35,11 +34,7 @@ class HeldCache(Cache):
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup) -> None:
-        modules = sorted(attention_modules(model), key=lambda each: each.layer_idx)
-        layers = [HeldLayer(module, {"group": group}) for module in modules]
-        for layer in layers:
-            layer.family = layers
-        super().__init__(layers=layers)
+        super().__init__(layers=layers_of(model, HeldLayer, {"group": group}))
 
     @property
     def nbytes(self) -> int:

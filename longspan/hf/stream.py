@@ -16,7 +16,7 @@ from longspan.errors import InputError, PatternError, PlanError, ShapeError, mes
 from longspan.hf.attention import attention_modules
 from longspan.hf.batch import Batch
 from longspan.hf.buffer import Buffer
-from longspan.hf.cache import PatternCache, PatternLayer
+from longspan.hf.cache import PatternCache, PatternLayer, related
 from longspan.hf.rope import from_config
 from longspan.kernel.merge import merge
 from longspan.pattern import Causal, Pattern, Sink, SlidingWindow, Streaming, Window
@@ -81,11 +81,7 @@ class StreamCache(PatternCache):
             raise _unknown(
                 model, "they vary with the length" if self.frequency.varies else "no module turns them"
             )
-        self.layers = [
-            StreamLayer(layer.module(), self) for layer in self.layers if isinstance(layer, PatternLayer)
-        ]
-        for layer in self.layers:
-            layer.family = self.layers
+        self.layers = related([StreamLayer(layer.module(), self) for layer in self.layers])
         self._window = max(bounds(layer.setting.pattern)[0] for layer in self.layers)
         self._turns: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
         # Weak, as a cache that outlives its model shall not hold its weights.
