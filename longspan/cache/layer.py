@@ -275,7 +275,7 @@ class Cache:
         """Read one more token where all is known already: what nearly every token of a long decoding comes to."""
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if self._usual is None or self._usual.scale != scale:
-            self._usual = Reading(scale, collect((), self.heads), self._alike, None, "text")
+            self._usual = Reading(scale, collect((), self.heads), self._alike, self.rotate, self.places)
         shelf = self._shelves[0]
         used = shelf.storage.used
         try:
@@ -293,8 +293,7 @@ class Cache:
         tokens = query.shape[2]
         ends = self._lengths + (tokens if real is None else real.sum(1).cpu().numpy())
         starts = self._lengths[:1] if self._alike else self._lengths
-        # Keys that lie unturned are turned for every query anew, and nothing is known of it before.
-        alone = tokens == 1 and real is None and self.rotate is None
+        alone = tokens == 1 and real is None
         positions = None if alone else _positions(starts, tokens, real, query.device)
         marks = []
         try:
@@ -304,14 +303,14 @@ class Cache:
                     shelf.tidy(held_from, max(tokens, self.block))
                     self._floor = np.maximum(self._floor, held_from)
                 marks.append((shelf, shelf.storage.used))
-                sides = _heads(key, shelf.key_heads), _heads(value, shelf.key_heads)
+                sides = key[:, shelf.key_part], value[:, shelf.key_part]
                 if positions is None:
                     shelf.push(*sides, starts, ahead=self.block, dtype=reading.exact(query.dtype))
                 else:
                     shelf.append(*sides, positions)
             outputs = []
             for shelf in self._shelves:
-                own = _heads(query, shelf.heads)
+                own = query[:, shelf.part]
                 if positions is None:
                     outputs.append(reading.read_last(shelf, own))
                 else:
@@ -327,8 +326,10 @@ class Cache:
                 shelf.tidy(self._floor, self.block)
         if len(outputs) == 1:
             return outputs[0]
-        order = [head for shelf in self._shelves for head in shelf.heads]
-        return torch.cat(outputs, dim=1)[:, np.argsort(order).tolist()]
+        whole = query.new_empty((*query.shape[:3], value.shape[3]))
+        for shelf, output in zip(self._shelves, outputs, strict=True):
+            whole[:, shelf.part] = output
+        return whole
 
     def _one_by_one(
         self,
@@ -366,9 +367,8 @@ class Cache:
         self._lengths = np.zeros(len(key), dtype=np.int64)
         self._floor = self._lengths
         for shelf in self._shelves:
-            shelf.begin(
-                self._new_storage(_heads(key, shelf.key_heads), _heads(value, shelf.key_heads)), key.device
-            )
+            sides = key[:, shelf.key_part], value[:, shelf.key_part]
+            shelf.begin(self._new_storage(*sides), key.device)
 
     def _new_storage(self, key: Tensor, value: Tensor) -> Storage:
         if isinstance(self.storage, Pool):
@@ -388,10 +388,6 @@ def _positions(starts: np.ndarray, tokens: int, real: Tensor | None, device: tor
     if real is None:
         return begins + torch.arange(tokens, device=device)
     return (begins + real.cumsum(1) - 1).masked_fill(~real, -1)
-
-
-def _heads(tensor: Tensor, heads: list[int]) -> Tensor:
-    return tensor if len(heads) == tensor.shape[1] else tensor[:, heads]
 
 
 def _refuse(problem: str, *, fix: str) -> ShapeError:

@@ -116,19 +116,17 @@ def bias_of(
         queries, keys: positions `[rows, tokens]`; -1 for no token where there are `gaps`, which read nothing and are
             not read.
     """
-    return _counts(readers, queries, keys, gaps=gaps).to(dtype).log()
-
-
-def _counts(readers: tuple[Pattern, ...], queries: Tensor, keys: Tensor, *, gaps: bool) -> Tensor:
     q, k = queries[:, :, None], keys[:, None, :]
     counted = {reader: reader.count(q, k) for reader in set(readers)}
     if gaps:
         real = (q >= 0) & (k >= 0)
         counted = {reader: often * real for reader, often in counted.items()}
+    # Heads that read alike share one logarithm.
+    logs = {reader: often.to(dtype).log() for reader, often in counted.items()}
     if len(readers) == 1:
-        return counted[readers[0]].expand(-1, queries.shape[1], keys.shape[1])[:, None]
+        return logs[readers[0]].expand(-1, queries.shape[1], keys.shape[1])[:, None]
     shape = (max(len(queries), len(keys)), queries.shape[1], keys.shape[1])
-    return torch.stack([counted[reader].expand(shape) for reader in readers], dim=1)
+    return torch.stack([logs[reader].expand(shape) for reader in readers], dim=1)
 
 
 def _reads_all(readers: tuple[Pattern, ...], held: np.ndarray, start: int, tokens: int) -> bool:

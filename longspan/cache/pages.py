@@ -145,6 +145,8 @@ class Pages:
                 )
             )
         self.pool, self.used = pool, 0
+        # Slots up to which pages are taken as they are needed, before room is made again.
+        self._limit = 0
         self._list(torch.zeros((*key.shape[:2], 0), dtype=torch.int64))
 
     def __del__(self) -> None:
@@ -153,6 +155,17 @@ class Pages:
 
     @property
     def free(self) -> int:
+        here = self._open
+        if self._limit <= self.used + here:
+            return here
+        # A last page that may be shared needs another in its place. Where the pool runs short, room is made sooner.
+        lists = self.table.shape[0] * self.table.shape[1]
+        pages = self.pool.free // lists - (not self._own)
+        return max(here, min(self._limit - self.used, here + pages * self.pool.size))
+
+    @property
+    def _open(self) -> int:
+        """Slots that are free in the last page."""
         return -self.used % self.pool.size
 
     @property
@@ -175,7 +188,7 @@ class Pages:
         """Take pages for all slots up to an end, and copies of those that others hold too and that will be written to."""
         more = -(-end // self.pool.size) - self.table.shape[2]
         # Only the last page is written to again, if it has slots left.
-        tail = self.table[:, :, self.table.shape[2] - bool(self.free) :]
+        tail = self.table[:, :, self.table.shape[2] - bool(self._open) :]
         crowded = self.pool.shared(tail)
         taken = self.pool.take(int(crowded.sum()) + more * self.table.shape[0] * self.table.shape[1])
         copies, fresh = taken[: int(crowded.sum())], taken[int(crowded.sum()) :]
@@ -235,6 +248,7 @@ class Pages:
         )
         last = torch.arange(whole * size, self.used).expand(len(slots), -1)
         self.used = kept.shape[2] * size + last.shape[1]
+        self._limit = self.used + room
         return torch.cat([slots, last], dim=1).to(wanted.device)
 
     def truncate(self, used: int) -> None:
@@ -245,7 +259,7 @@ class Pages:
 
     def select(self, rows: Tensor) -> Pages:
         chosen = object.__new__(type(self))
-        chosen.pool, chosen.used = self.pool, self.used
+        chosen.pool, chosen.used, chosen._limit = self.pool, self.used, self._limit
         chosen._list(self.table[rows.cpu()])
         self.pool.hold(chosen.table)
         # From now on its pages are no longer its alone.
@@ -255,7 +269,7 @@ class Pages:
     def release(self) -> None:
         self.pool.give_back(self.table)
         self._list(self.table[:, :, :0])
-        self.used = 0
+        self.used = self._limit = 0
 
     def _list(self, table: Tensor) -> None:
         self.table = table.contiguous()

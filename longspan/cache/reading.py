@@ -90,7 +90,9 @@ class Reading:
         # The query heads of one key head become rows of one block, so that keys are read once.
         folded = query if shared == 1 else query.reshape(batch, -1, shared, width)
         begin, bias = outlook.at(storage.used)
-        if not self.plain:
+        if self.rotate is not None:
+            output = self._of(shelf)._last_turned(query, shelf, bias, begin)
+        elif not self.plain:
             output = self._of(shelf)._last_changed(folded, shelf, bias, begin)
         elif bias is None or bias.shape[1] == 1:
             output = storage.weigh(folded, bias, self.scale, begin)
@@ -100,6 +102,27 @@ class Reading:
         if outlook.silent and bias is not None:
             output = output.masked_fill(torch.isneginf(bias).all(dim=-1, keepdim=True), 0.0)
         return output
+
+    def _last_turned(self, query: Tensor, shelf: Shelf, bias: Tensor | None, begin: int) -> Tensor:
+        """Return what `[batch, heads, 1, width]` queries at the last position read of keys that are turned for them."""
+        positions = shelf.positions[:, begin:]
+        key, value = (side[:, :, begin:] for side in shelf.storage.read())
+        if bias is None:
+            bias = query.new_zeros((1, 1, 1, positions.shape[1]), dtype=self.exact(query.dtype))
+        places, lengths = positions, positions[:, -1] + 1
+        if self.places == "cache":
+            read = torch.isfinite(bias[:, 0, 0])
+            places, lengths = read.cumsum(1) - 1, read.sum(1)
+        turned = []
+        # What is nobody's, and queries that read nothing, may be turned anywhere.
+        for row, length in enumerate(lengths.clamp(min=1).tolist()):
+            rows = slice(row, row + 1) if len(places) > 1 else slice(None)
+            own = torch.full((1,), length - 1, device=query.device)
+            held = places[row].clamp(min=0)
+            turned.append((self.rotate(query[rows], own, length), self.rotate(key[rows], held, length)))
+        query, key = (torch.cat(side) for side in zip(*turned, strict=True))
+        bias = self._pushed_off(bias, positions[:, -1:], positions)
+        return self._weighed(query, key, value, bias)
 
     def _last_changed(self, query: Tensor, shelf: Shelf, bias: Tensor | None, begin: int) -> Tensor:
         """Return what `[batch, key heads, shared, width]` queries at the last position read where scores are changed."""
@@ -201,6 +224,10 @@ class Reading:
         bias = bias_of(readers, positions, held, exact, gaps=gaps)
         silent = torch.isneginf(bias).all(dim=-1, keepdim=True)
         bias = self._pushed_off(bias, positions, held)
+        return self._weighed(query, key, value, bias).masked_fill(silent, 0.0)
+
+    def _weighed(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+        """Attend by a bias of all pairs, `[rows or 1, heads or 1, queries, keys]`."""
         batch, heads, rows, width = query.shape
         key_heads = key.shape[1]
         # The query heads of one key head become rows of one block, so that keys are read once.
@@ -215,7 +242,7 @@ class Reading:
             )
         else:
             output = self._changed(folded, key, value, bias)
-        return output.reshape(batch, heads, rows, -1).masked_fill(silent, 0.0)
+        return output.reshape(batch, heads, rows, -1)
 
     def _pushed_off(self, bias: Tensor, positions: Tensor, held: Tensor) -> Tensor:
         """Return the bias with ALiBi in it."""

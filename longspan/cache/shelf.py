@@ -24,12 +24,14 @@ class Shelf:
     Attributes:
         key_heads: numbers of the key heads.
         heads: numbers of the query heads that they serve, in the order of the key heads.
+        key_part, part: the same as parts of tensors, which need no copy where heads are evenly spaced.
         readers: the pattern of each of these query heads, one where they are all the same.
         outlook: what the next tokens read, None where nobody knows.
     """
 
     def __init__(self, key_heads: list[int], heads: list[int], readers: tuple[Pattern, ...]) -> None:
         self.key_heads, self.heads = key_heads, heads
+        self.key_part, self.part = _part(key_heads), _part(heads)
         self.readers = readers[:1] if len(set(readers)) == 1 else readers
         self.storage: Storage | None = None
         self.outlook: Outlook | None = None
@@ -166,6 +168,12 @@ def shelves(pattern: Pattern, readers: tuple[Pattern, ...], key_heads: int, *, s
         heads = [head * shared + place for head in members for place in range(shared)]
         found.append(Shelf(members, heads, tuple(readers[head] for head in heads)))
     return found
+
+
+def _part(heads: list[int]) -> slice | list[int]:
+    """Return numbers of heads as a slice where they are evenly spaced."""
+    spaced = slice(heads[0], heads[-1] + 1, heads[1] - heads[0] if len(heads) > 1 else 1)
+    return spaced if list(range(heads[-1] + 1))[spaced] == heads else heads
 
 
 @lru_cache(maxsize=8)
