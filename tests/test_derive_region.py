@@ -20,6 +20,7 @@ from longspan.pattern import (
     LongNet,
     Pattern,
     Prefix,
+    Random,
     Sink,
     SlidingWindow,
     Window,
@@ -53,6 +54,13 @@ def test_regions_of_a_text_hold_every_pair(pattern: Pattern, length: int, size: 
 @given(relations, SIZES, st.data())
 def test_regions_of_ranges_hold_every_pair(pattern: Pattern, size: int, data: st.DataObject):
     check_regions(pattern, data.draw(spans(129)), data.draw(spans(129)), size)
+
+
+@given(SIZES)
+def test_tables_come_back_where_they_were(size: int):
+    first, second = Random(2, size=4, stream=1), Random(1, size=4, stream=2)
+    for pattern in (first & ~second | Sink(5), (second | Sink(5)) & ~(first & Window(50)).T):
+        check_regions(Causal() & pattern, range(97), range(97), size)
 
 
 @given(relations, SIZES)

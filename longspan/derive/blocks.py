@@ -7,6 +7,7 @@ in four, down to blocks of a given size. The cost follows the blocks that are no
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class Side:
     positions: range
     step: int
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Positions in each class, int64 `[step]`."""
         classes = np.arange(self.step)
@@ -84,7 +85,9 @@ class Blocks:
         return int((np.where(self.kind == TRIANGLE, rows + 1, 2 * rows) * columns).sum()) // 2
 
 
-def _covered(side: Side, residue: np.ndarray, block: np.ndarray, span: np.ndarray, size: int) -> np.ndarray:
+def _covered(
+    side: Side, residue: np.ndarray, block: np.ndarray, span: np.ndarray | int, size: int
+) -> np.ndarray:
     return np.minimum(span * size, side.lengths[residue] - block * size)
 
 
@@ -136,7 +139,11 @@ def blocks(
 
 
 class _Descent:
-    """One level of squares after the other, from the largest to the smallest."""
+    """One level of squares after the other, from the largest to the smallest.
+
+    A level is the span of its squares and, one column for each of them, an int64 array of query class, key class, row
+    and column.
+    """
 
     def __init__(self, pattern: Pattern, query_side: Side, key_side: Side, size: int) -> None:
         self.pattern = pattern
@@ -145,24 +152,25 @@ class _Descent:
         # exactly the triangle `k <= q`.
         self.with_causal = _causal_as(Everything(), pattern)
         self.without_causal = _causal_as(Nothing(), pattern)
-        self.found: list[tuple[np.ndarray, ...]] = []
+        self.causal = self.with_causal != pattern
 
     def run(self) -> Blocks:
         visited = 0
-        level = self._top()
-        while level:
-            kind = self._classify(*level)
+        found, spans, kinds = [np.zeros((4, 0), dtype=np.int64)], [0], [np.zeros(0, dtype=np.int8)]
+        span, places = self._top()
+        while places.shape[1]:
+            kind = self._classify(places, span)
             visited += len(kind)
-            leaf = level[-1] == 1
-            keep = (kind == FULL) | (kind == TRIANGLE) | ((kind == PARTIAL) & leaf)
-            if keep.any():
-                self.found.append((*(part[keep] for part in level), kind[keep]))
-            level = self._quarters(tuple(part[(kind == PARTIAL) & ~leaf] for part in level))
-        if self.found:
-            *places, kind = (np.concatenate(parts) for parts in zip(*self.found, strict=True))
-        else:
-            *places, kind = (np.zeros(0, dtype=np.int64) for _ in range(6))
-        query_class, key_class, row, column, span = places
+            kept = kind > PARTIAL if span > 1 else kind > 0
+            if kept.any():
+                found.append(places[:, kept])
+                spans.append(span)
+                kinds.append(kind[kept])
+            if span == 1:
+                break
+            span //= 2
+            places = self._quarters(places[:, kind == PARTIAL], span)
+        query_class, key_class, row, column = np.concatenate(found, axis=1)
         return Blocks(
             self.query_side,
             self.key_side,
@@ -171,47 +179,40 @@ class _Descent:
             key_class,
             row,
             column,
-            span,
-            kind,
+            np.repeat(np.array(spans), list(map(len, kinds))),
+            np.concatenate(kinds),
             visited,
         )
 
-    def _top(self) -> tuple[np.ndarray, ...] | None:
+    def _top(self) -> tuple[int, np.ndarray]:
         """Return one square over everything for each pair of residue classes that is not empty."""
-        classes = np.meshgrid(np.arange(self.query_side.step), np.arange(self.key_side.step), indexing="ij")
-        query_class, key_class = (axis.ravel().astype(np.int64) for axis in classes)
+        shape = (self.query_side.step, self.key_side.step)
+        query_class, key_class = np.indices(shape, dtype=np.int64).reshape(2, -1)
         rows, columns = self.query_side.lengths[query_class], self.key_side.lengths[key_class]
         present = (rows > 0) & (columns > 0)
-        query_class, key_class = query_class[present], key_class[present]
-        if not len(query_class):
-            return None
-        longest = -(-int(max(rows.max(), columns.max())) // self.size)
-        span = np.full(len(query_class), 1 << (longest - 1).bit_length(), dtype=np.int64)
-        zeros = np.zeros(len(query_class), dtype=np.int64)
-        return (query_class, key_class, zeros, zeros, span)
+        longest = -(-int(np.maximum(rows, columns)[present].max(initial=1)) // self.size)
+        nowhere = np.zeros_like(query_class)
+        return 1 << (longest - 1).bit_length(), np.stack([query_class, key_class, nowhere, nowhere])[
+            :, present
+        ]
 
-    def _classify(
-        self,
-        query_class: np.ndarray,
-        key_class: np.ndarray,
-        row: np.ndarray,
-        column: np.ndarray,
-        span: np.ndarray,
-    ) -> np.ndarray:
+    def _classify(self, places: np.ndarray, span: int) -> np.ndarray:
+        query_class, key_class, row, column = places
         rows = _covered(self.query_side, query_class, row, span, self.size)
         columns = _covered(self.key_side, key_class, column, span, self.size)
         q = self.query_side.span(query_class, row * self.size, rows)
         k = self.key_side.span(key_class, column * self.size, columns)
         bracket = self.pattern.count(q, k)
-        empty = np.broadcast_to(bracket.empty, row.shape)
-        full = np.broadcast_to(bracket.full, row.shape)
-        kind = np.where(empty, 0, np.where(full, FULL, PARTIAL)).astype(np.int8)
+        kind = np.empty(len(row), dtype=np.int8)
+        kind[:] = np.where(bracket.empty, 0, np.where(bracket.full, FULL, PARTIAL))
+        if not self.causal:
+            return kind
         # Places count alike on both sides while the classes begin less than a step apart.
         apart = q.low - k.low
         # Keys past the last query are in no triangle and are left out of it.
         on_diagonal = (kind == PARTIAL) & (q.step == k.step) & (rows <= columns)
         on_diagonal &= (apart >= 0) & (apart < np.maximum(q.step, 1))
-        if on_diagonal.any() and self.with_causal != self.pattern:
+        if on_diagonal.any():
             q, k = (
                 Progression(side.low[on_diagonal], side.high[on_diagonal], side.step[on_diagonal])
                 for side in (q, k)
@@ -220,17 +221,16 @@ class _Descent:
             kind[on_diagonal] = np.where(exact, TRIANGLE, PARTIAL)
         return kind
 
-    def _quarters(self, level: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...] | None:
-        query_class, key_class, row, column, span = (np.repeat(part, 4) for part in level)
-        if not len(row):
-            return None
-        half = span // 2
-        quarter = np.tile(np.arange(4), len(row) // 4)
-        row, column = row + half * (quarter // 2), column + half * (quarter % 2)
+    def _quarters(self, places: np.ndarray, half: int) -> np.ndarray:
+        number = places.shape[1]
+        places = np.repeat(places, 4, axis=1)
+        places[2] += np.tile([0, 0, half, half], number)
+        places[3] += np.tile([0, half, 0, half], number)
+        query_class, key_class, row, column = places
         inside = (row * self.size < self.query_side.lengths[query_class]) & (
             column * self.size < self.key_side.lengths[key_class]
         )
-        return tuple(part[inside] for part in (query_class, key_class, row, column, half))
+        return places[:, inside]
 
 
 def _causal_as(fact: Pattern, pattern: Pattern) -> Pattern:

@@ -12,6 +12,8 @@ from longspan.pattern import Everything, Intersection, Pattern, Progression, sim
 from longspan.pattern.choice import Blockwise
 
 FULL, TRIANGLE, PARTIAL = 1, 2, 3
+# Neighbouring distances that are looked at in one.
+_ABREAST = 256
 
 
 @dataclass(frozen=True)
@@ -38,11 +40,17 @@ def listed(term: Pattern) -> tuple[Blockwise, Pattern] | None:
     tables = [part for part in parts if isinstance(part, Blockwise)]
     if len(tables) != 1:
         return None
-    rest = [part for part in parts if part is not tables[0]]
-    period = Intersection(tuple(rest)).period if rest else 1
-    if period is None or tables[0].size % period:
-        return None
-    return tables[0], simplify(Intersection(tuple(rest))) if rest else Everything()
+    rest = _beside(tuple(part for part in parts if part is not tables[0]), tables[0].size)
+    return None if rest is None else (tables[0], rest)
+
+
+@lru_cache(maxsize=32)
+def _beside(parts: tuple[Pattern, ...], size: int) -> Pattern | None:
+    """Return what is asked of blocks beside a table, or None where not all blocks of a diagonal are asked the same."""
+    if not parts:
+        return Everything()
+    period = Intersection(parts).period
+    return None if period is None or size % period else simplify(Intersection(parts))
 
 
 def listings(term: Pattern, queries: range, keys: range) -> Iterator[Listing]:
@@ -64,8 +72,7 @@ def listings(term: Pattern, queries: range, keys: range) -> Iterator[Listing]:
     lowest, highest = int(rows[0]) - end + 1, int(rows[-1]) - begin
     kinds = _kinds(rest, size, lowest, highest)
     for columns in table.columns(rows):
-        inside = (columns >= begin) & (columns < end)
-        row, column = rows[inside], columns[inside]
+        row, column = _chosen((columns >= begin) & (columns < end), rows, columns)
         kind = kinds[row - column - lowest]
         yield from _of_kind(size, row, column, kind == FULL, FULL, None)
         for distance in np.unique((row - column)[kind > FULL], return_counts=True)[0].tolist():
@@ -77,22 +84,37 @@ def _of_kind(
     size: int, row: np.ndarray, column: np.ndarray, chosen: np.ndarray, kind: int, mask: np.ndarray | None
 ) -> Iterator[Listing]:
     if chosen.any():
-        yield Listing(size, row[chosen], column[chosen], kind, mask)
+        row, column = _chosen(chosen, row, column)
+        yield Listing(size, row, column, kind, mask)
+
+
+def _chosen(chosen: np.ndarray, *sides: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return what is chosen of arrays, themselves where it is all."""
+    return sides if chosen.all() else tuple(side[chosen] for side in sides)
 
 
 @lru_cache(maxsize=32)
 def _kinds(rest: Pattern, size: int, lowest: int, highest: int) -> np.ndarray:
     """Return what squares hold whose rows lie from `lowest` to `highest` blocks after their columns."""
-    column = max(0, -lowest)
-    low = (column + np.arange(lowest, highest + 1)) * size
-    one = np.array([column * size])
-    count = rest.count(_blocks(low, size), _blocks(one, size))
-    full, empty = (np.broadcast_to(fact, low.shape) for fact in (count.full, count.empty))
+    begin = np.arange(lowest, highest + 1, _ABREAST)
+    found = np.repeat(_over(rest, size, begin, begin + _ABREAST - 1), _ABREAST)[: highest - lowest + 1]
+    # Few distances lie where not all of their neighbours are alike.
+    partial = np.flatnonzero(found == PARTIAL)
+    found[partial] = _over(rest, size, partial + lowest, partial + lowest)
+    return found
+
+
+def _over(rest: Pattern, size: int, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Return what squares hold, all of those in some ranges of distances."""
+    column = np.maximum(0, -first)
+    count = rest.count(_blocks(column + first, column + last, size), _blocks(column, column, size))
+    full, empty = (np.broadcast_to(fact, first.shape) for fact in (count.full, count.empty))
     return np.where(full, FULL, np.where(empty, 0, PARTIAL))
 
 
-def _blocks(low: np.ndarray, size: int) -> Progression:
-    return Progression(low, low + size - 1, np.full_like(low, 1 if size > 1 else 0))
+def _blocks(first: np.ndarray, last: np.ndarray, size: int) -> Progression:
+    low, high = first * size, (last + 1) * size - 1
+    return Progression(low, high, np.where(high > low, 1, 0))
 
 
 @lru_cache(maxsize=32)

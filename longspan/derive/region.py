@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from math import lcm
 
@@ -63,6 +64,47 @@ def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterato
         queries, keys: positions.
         size: places on a side of the blocks that regions are going to be cut into.
     """
+    tables: dict[Blockwise, _Table] = {}
+    for region, tabled in _cut(_set_aside(term, tables), queries, keys, size):
+        found = replace(region, term=_put_back(region.term, tuple(tables))) if tabled else region
+        if not tabled or _holds_pairs(found):
+            yield found
+
+
+@dataclass(frozen=True, repr=False)
+class _Table(Blockwise):
+    """Stands for one of the tables of a term, which say nothing of where it is cut: heads differ by theirs alone."""
+
+    number: int
+    size: int
+
+
+def _set_aside(term: Pattern, tables: dict[Blockwise, _Table]) -> Pattern:
+    """Return the term with its tables replaced, and write down by what."""
+    if isinstance(term, Blockwise):
+        return tables.setdefault(term, _Table(len(tables), term.size))
+    return term.rebuilt(tuple(_set_aside(part, tables) for part in term.operands))
+
+
+def _put_back(term: Pattern, tables: tuple[Blockwise, ...]) -> Pattern:
+    """Return the term with its own tables."""
+    if isinstance(term, _Table):
+        return tables[term.number]
+    return term.rebuilt(tuple(_put_back(part, tables) for part in term.operands))
+
+
+@lru_cache(maxsize=64)
+def _cut(term: Pattern, queries: range, keys: range, size: int) -> tuple[tuple[Region, bool], ...]:
+    """Return the regions of a relation, and whether they read from a table; then they may hold no pair."""
+    found = ((region, _tabled(region.term)) for region in _simplified(term, queries, keys, size))
+    return tuple((region, tabled) for region, tabled in found if tabled or _holds_pairs(region))
+
+
+def _tabled(term: Pattern) -> bool:
+    return isinstance(term, _Table) or any(map(_tabled, term.operands))
+
+
+def _simplified(term: Pattern, queries: range, keys: range, size: int) -> Iterator[Region]:
     query_edges, key_edges = edges(term)
     for first, last in _cuts(queries, query_edges):
         for begin, end in _cuts(keys, key_edges):
@@ -73,9 +115,8 @@ def regions(term: Pattern, queries: range, keys: range, *, size: int) -> Iterato
             for part in (slice(0, lead), slice(lead, None)):
                 if rows[part]:
                     whole = Region(simple, first + (part.start or 0), begin, rows[part], columns)
-                    for region in map(_settled, _repeated(whole, size)):
-                        if region.term != Nothing() and _holds_pairs(region):
-                            yield region
+                    found = map(_settled, _repeated(whole, size))
+                    yield from (region for region in found if region.term != Nothing())
 
 
 def edges(term: Pattern, *, turned: bool = False) -> tuple[set[int], set[int]]:
@@ -164,8 +205,8 @@ def _repeated(whole: Region, size: int) -> Iterator[Region]:
         return
     unit = lcm(period, whole.queries.step, whole.keys.step)
     # Strips that are whole chunks need nothing but themselves, or another chunk.
-    found = [_strips(whole, unit, phase) for phase in _phases(whole.term)] if unit >= size else []
-    chunks = min((strips for strips in found if strips), key=lambda strips: strips.around, default=None)
+    found = [strips(whole, unit, phase) for phase in _phases(whole.term)] if unit >= size else []
+    chunks = min((some for some in found if some), key=lambda some: some.around, default=None)
     if chunks is not None and chunks.around <= 1:
         yield from chunks.cut(cells=True)
         return
@@ -173,11 +214,11 @@ def _repeated(whole: Region, size: int) -> Iterator[Region]:
         size * step * side.step
         for step, side in zip(whole.term.steps, (whole.queries, whole.keys), strict=True)
     )
-    strips = _strips(whole, lcm(unit, *grid), whole.queries.start)
-    if strips is None or strips.last - strips.first < 2:
+    cut = strips(whole, lcm(unit, *grid), whole.queries.start)
+    if cut is None or cut.last - cut.first < 2:
         yield whole
     else:
-        yield from strips.cut(cells=False)
+        yield from cut.cut(cells=False)
 
 
 def _phases(term: Pattern) -> set[int]:
@@ -187,7 +228,7 @@ def _phases(term: Pattern) -> set[int]:
 
 
 @dataclass(frozen=True)
-class _Strips:
+class Strips:
     """How a region is cut: strip `i` has `rows` queries from `row + i * rows` on and reads a window of keys.
 
     The window of strip `i` begins `before` cells of `columns` keys before the key `column + i * columns`, and ends
@@ -239,17 +280,17 @@ class _Strips:
             )
 
 
-def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
+def strips(whole: Region, unit: int, phase: int) -> Strips | None:
     """Return strips of `unit` positions that begin at `phase`, or None where a strip may read anything."""
     queries, keys = whole.queries, whole.keys
     rows, columns = unit // queries.step, unit // keys.step
     row = -(-((phase - queries.start) % unit) // queries.step)
-    strips = max(0, (len(queries) - row) // rows)
+    number = max(0, (len(queries) - row) // rows)
     start = queries.start + row * queries.step
     column = min(len(keys), max(0, -(-(start - whole.term.lead - keys.start) // keys.step)))
     # What holds for the strip after the last one, and for the first one up to a strip past the end, holds for all.
-    ending = Progression.of(range(start + strips * unit, start + (strips + 1) * unit, queries.step))
-    ends = column + np.arange(strips + 1) * columns
+    ending = Progression.of(range(start + number * unit, start + (number + 1) * unit, queries.step))
+    ends = column + np.arange(number + 1) * columns
     left = _reads_nothing(whole.term, ending, keys, np.zeros_like(ends), ends)
     beginning = Progression.of(range(start, start + unit, queries.step))
     right = _reads_nothing(
@@ -259,8 +300,8 @@ def _strips(whole: Region, unit: int, phase: int) -> _Strips | None:
         return None
     before, after = int(left[::-1].argmax()), int(right.argmax())
     first = max(0, -(-(before * columns - column) // columns))
-    last = max(first, min(strips, (len(keys) - column) // columns - after))
-    return _Strips(whole, row, rows, column, columns, before, after, first, last)
+    last = max(first, min(number, (len(keys) - column) // columns - after))
+    return Strips(whole, row, rows, column, columns, before, after, first, last)
 
 
 def _reads_nothing(

@@ -50,10 +50,22 @@ def cheapest(term: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
     The layouts are the contiguous one, the one by the residues of the term, and the one in which both sides have
     the same residues, where a diagonal stays one.
     """
-    squares = -(-len(queries) // size) * -(-len(keys) // size)
-    layouts = dict.fromkeys([(lcm(*term.steps),) * 2, term.steps])
-    strided = [steps for steps in layouts if steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS]
-    if not strided or squares <= COMPARABLE:
-        strided.append((1, 1))
-    found = [blocks(term, queries=queries, keys=keys, size=size, steps=steps) for steps in strided]
+    found = [
+        blocks(term, queries=queries, keys=keys, size=size, steps=steps)
+        for steps in layouts(term, queries, keys, size=size)
+    ]
     return min(found, key=lambda layout: (layout.area, len(layout)))
+
+
+def layouts(term: Pattern, queries: range, keys: range, *, size: int) -> list[tuple[int, int]]:
+    """Return the steps of queries and keys in which a relation is worth a try."""
+    tried = dict.fromkeys([(lcm(*term.steps),) * 2, term.steps])
+    strided = [steps for steps in tried if steps != (1, 1) and steps[0] * steps[1] <= _CLASS_PAIRS]
+    if not strided or comparable(queries, keys, size):
+        strided.append((1, 1))
+    return strided
+
+
+def comparable(queries: range, keys: range, size: int) -> bool:
+    """Say whether a text is so short that its contiguous layout is looked at merely to compare it."""
+    return -(-len(queries) // size) * -(-len(keys) // size) <= COMPARABLE

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.derive.blocks import Blocks, blocks
+from longspan.derive.blocks import Blocks, Side, blocks
+from longspan.derive.stretch import Stretch, shortest
 from longspan.derive.terms import terms
-from longspan.derive.tiling import COMPARABLE, SIZE, cheapest
+from longspan.derive.tiling import SIZE, comparable, layouts
 from longspan.kernel.formula import Formula, Operation, formula
 from longspan.kernel.lists import Lists, lists
 from longspan.pattern import Pattern, Sum, simplify
@@ -136,20 +138,27 @@ def groups(
 
 @dataclass(frozen=True, eq=False)
 class _Piece:
-    """What one head reads in one call."""
+    """What one head reads in one call.
+
+    Attributes:
+        lead: index of the first query.
+        positions: of the queries and of the keys.
+        blocks: what is read of a short text.
+        stretch: how that text is drawn out.
+        formula: of the relation.
+        classes: the pairs of residue classes that hold any block.
+    """
 
     lead: int
+    positions: tuple[range, range]
     blocks: Blocks
+    stretch: Stretch
     formula: Formula
     classes: tuple[np.ndarray, np.ndarray]
 
     @property
     def steps(self) -> tuple[int, int]:
         return self.blocks.query_side.step, self.blocks.key_side.step
-
-    @property
-    def positions(self) -> tuple[range, range]:
-        return self.blocks.query_side.positions, self.blocks.key_side.positions
 
     @property
     def family(self) -> Family:
@@ -181,8 +190,10 @@ def _pieces(single: Pattern, queries: range, keys: range, device: torch.device) 
 @lru_cache(maxsize=64)
 def _piece(term: Pattern, lead: int, queries: range, keys: range, device: torch.device) -> _Piece | None:
     """Return how one relation is read, the same object for all heads, or None where it holds no pair."""
-    found = _cheaper(term, queries, keys)
-    return _Piece(lead, found, formula(term, device), _classes(found)) if len(found) else None
+    found, stretch = _cheaper(term, queries, keys)
+    if not len(found):
+        return None
+    return _Piece(lead, (queries, keys), found, stretch, formula(term, device), _classes(found))
 
 
 def plain(pattern: Pattern) -> bool:
@@ -192,19 +203,25 @@ def plain(pattern: Pattern) -> bool:
     return all(map(plain, pattern.operands))
 
 
-def _cheaper(term: Pattern, queries: range, keys: range) -> Blocks:
-    """Return the blocks in residue classes, or the contiguous ones where they are not more."""
-    found = cheapest(term, queries, keys, size=BLOCK)
+def _cheaper(term: Pattern, queries: range, keys: range) -> tuple[Blocks, Stretch]:
+    """Return the blocks in residue classes, or the contiguous ones where they are not more, of a short text."""
+    tried = layouts(term, queries, keys, size=BLOCK)
+    stretch = shortest(term, queries, keys, grid=BLOCK * lcm(*(step for steps in tried for step in steps)))
+
+    def laid_out(steps: tuple[int, int]) -> Blocks:
+        return blocks(term, queries=stretch.queries, keys=stretch.keys, size=BLOCK, steps=steps)
+
+    found = min(map(laid_out, tried), key=lambda made: (made.area, len(made)))
     if found.query_side.step == found.key_side.step == 1:
-        return found
+        return found, stretch
     pairs = _classes(found)[0]
     # Two classes of keys for one of queries would be two parts of one row.
     twice = len(np.unique(pairs)) < len(pairs)
-    if twice or -(-len(queries) // BLOCK) * -(-len(keys) // BLOCK) <= COMPARABLE:
-        contiguous = blocks(term, queries=queries, keys=keys, size=BLOCK)
+    if twice or comparable(queries, keys, BLOCK):
+        contiguous = laid_out((1, 1))
         if twice or _squares(contiguous) <= _squares(found):
-            return contiguous
-    return found
+            return contiguous, stretch
+    return found, stretch
 
 
 def _squares(found: Blocks) -> int:
@@ -215,8 +232,10 @@ def _squares(found: Blocks) -> int:
 
 def _classes(found: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """Return the pairs of residue classes that hold any block, in the order of the queries."""
-    pairs = np.unique(np.stack([found.query_class, found.key_class]), axis=1)
-    return pairs[0], pairs[1]
+    held = np.zeros((found.query_side.step, found.key_side.step), dtype=bool)
+    held[found.query_class, found.key_class] = True
+    query_class, key_class = np.nonzero(held)
+    return query_class, key_class
 
 
 def _call(pieces: Sequence[_Piece], device: torch.device) -> Call:
@@ -238,8 +257,10 @@ def _call(pieces: Sequence[_Piece], device: torch.device) -> Call:
         len(queries),
         first.steps,
         tuple(torch.as_tensor(side, device=device) for side in first.classes),
-        tuple(int(side.lengths.max()) for side in (first.blocks.query_side, first.blocks.key_side)),
-        lists([piece.blocks for piece in pieces[: 1 if same else None]], first.classes, device),
+        tuple(int(Side(*side).lengths.max()) for side in zip(first.positions, first.steps, strict=True)),
+        lists(
+            [(piece.blocks, piece.stretch) for piece in pieces[: 1 if same else None]], first.classes, device
+        ),
         torch.tensor(numbers, dtype=dtype, device=device),
         origins,
         tuple(map(rounded, first.formula.tables)),

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.derive.blocks import FULL, TRIANGLE, Blocks
+from longspan.derive.blocks import FULL, PARTIAL, TRIANGLE, Blocks
+from longspan.derive.stretch import Stretch
 
 # What a list of nothing is wide: sizes of 1 are compiled apart from all others.
 _LEAST = 2
@@ -43,42 +44,105 @@ class Lists:
         return int(self.full_keys[0].sum()), int(self.keys[0].sum())
 
 
-def lists(heads: list[Blocks], classes: tuple[np.ndarray, np.ndarray], device: torch.device) -> Lists:
-    """Return the lists of the blocks of some heads, which are cut alike.
+def lists(
+    heads: list[tuple[Blocks, Stretch]], classes: tuple[np.ndarray, np.ndarray], device: torch.device
+) -> Lists:
+    """Return the lists of some heads, which are cut alike.
 
     Args:
-        heads: the blocks of each head.
+        heads: the blocks of each head, and how what they are of is drawn out.
         classes: the pairs of residue classes that hold any, of queries and of keys; each is one layout.
         device: where the lists are wanted.
     """
-    query_side, key_side, size = heads[0].query_side, heads[0].key_side, heads[0].size
-    grid = tuple(-(-int(side.lengths.max(initial=0)) // size) for side in (query_side, key_side))
-    partial, full = ([squares(found, classes, wanted) for found in heads] for wanted in (False, True))
-    shape = (len(classes[0]), *grid)
+    grids = [_Grid.of(found, len(classes[0])) for found, _ in heads]
 
-    def put(squares: list[np.ndarray], axis: int) -> tuple[Tensor, Tensor]:
-        return tuple(torch.as_tensor(part, device=device) for part in _listed(squares, shape, axis))
+    def put(axis: int) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Return the lists of blocks that are not full, and of those that are."""
+        both = zip(
+            *(_runs(found, classes, grid, axis) for (found, _), grid in zip(heads, grids, strict=True)),
+            strict=True,
+        )
+        made = (
+            _beside(
+                [
+                    (*_lines(grid, run, axis), _again(grid, stretch, axis))
+                    for grid, run, (_, stretch) in zip(grids, kind, heads, strict=True)
+                ]
+            )
+            for kind in both
+        )
+        return tuple(tuple(torch.as_tensor(side, device=device) for side in sides) for sides in made)
 
-    return Lists(put(partial, 1), put(full, 1), put(partial, 2), put(full, 2))
+    (partial, full), (partly, fully) = put(1), put(2)
+    return Lists(partial, full, partly, fully)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The blocks that there could be: of how many layouts, rows and columns, and how many places each has, queries and
+    keys."""
+
+    shape: tuple[int, int, int]
+    places: tuple[int, int]
+
+    @classmethod
+    def of(cls, found: Blocks, layouts: int) -> _Grid:
+        sides = found.query_side, found.key_side
+        down, across = (-(-int(side.lengths.max(initial=0)) // found.size) for side in sides)
+        return cls((layouts, down, across), (found.size * sides[0].step, found.size * sides[1].step))
 
 
 def squares(found: Blocks, classes: tuple[np.ndarray, np.ndarray], full: bool) -> np.ndarray:
     """Return layout, row and column of every block that is full, or of every one that is not, int64 `[3, blocks]`."""
-    size = found.size
-    rows, columns = (-(-places // size) for places in found.extents())
-    owner = np.repeat(np.arange(len(found)), rows * columns)
-    place = np.arange(len(owner)) - np.repeat(np.cumsum(rows * columns) - rows * columns, rows * columns)
-    down, right = place // columns[owner], place % columns[owner]
-    row, column = found.row[owner] + down, found.column[owner] + right
+    grid = _Grid.of(found, len(classes[0]))
+    line, first, number = _runs(found, classes, grid, 1)[full]
+    start = np.cumsum(number) - number
+    column = np.arange(int(number.sum())) + np.repeat(first - start, number)
+    return np.stack([*np.divmod(np.repeat(line, number), max(1, grid.shape[1])), column])
+
+
+# Which line, the first block in it, and how many blocks follow one another.
+_Runs = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _runs(
+    found: Blocks, classes: tuple[np.ndarray, np.ndarray], grid: _Grid, axis: int
+) -> tuple[_Runs, _Runs]:
+    """Return runs along rows (axis 1) or columns (axis 2) of the blocks that are not full, and of those that are."""
+    sides = [
+        (begin, -(-places // found.size))
+        for begin, places in zip((found.row, found.column), found.extents(), strict=True)
+    ]
+    (above, lines), (before, wide) = sides if axis == 1 else sides[::-1]
+    owner = np.repeat(np.arange(len(found)), lines)
+    depth = np.arange(len(owner)) - np.repeat(np.cumsum(lines) - lines, lines)
+    line, first, number = (above[owner] + depth, before[owner], wide[owner])
     triangle = found.kind[owner] == TRIANGLE
-    is_full = (found.kind[owner] == FULL) | (triangle & (right < down))
-    layout = _layouts(found, classes)[owner]
-    # Classes of one side differ in length by one place, and the shorter ones are padded.
-    key_lengths = found.key_side.lengths
-    short = key_lengths[found.key_class[owner]] < key_lengths.max(initial=0)
-    is_full &= ~(short & ((column + 1) * size > key_lengths[found.key_class[owner]]))
-    kept = (is_full == full) & ~(triangle & (right > down))
-    return np.stack([layout[kept], row[kept], column[kept]])
+    corner = first + np.where(triangle, depth, 0)
+    # The diagonal of a triangle is partial, unless one pair is all it is; what lies before it in a row or behind it in
+    # a column is full.
+    single = triangle & (np.minimum(found.size, found.extents()[0][owner] - depth * found.size) == 1)
+    if axis == 1:
+        inside = np.where(triangle, depth + single, number)
+    else:
+        first = first + np.where(triangle, depth + 1 - single, 0)
+        inside = np.where(triangle, number - depth - 1 + single, number)
+    inside[found.kind[owner] == PARTIAL] = 0
+    broken = np.where((found.kind[owner] == FULL) | single, 0, 1)
+    # Classes of one side differ in length by one place, and the shorter ones are padded, so that their last keys are
+    # those of a partial block.
+    lengths = found.key_side.lengths
+    last = np.where(lengths < lengths.max(initial=0), lengths // found.size, grid.shape[2])
+    last = last[found.key_class][owner]
+    if axis == 1:
+        cut = ((first + inside > last) & (inside > 0)).astype(np.int64)
+        ends = last
+    else:
+        cut = np.where(line >= last, inside, 0)
+        ends = first
+    line = line + (_layouts(found, classes) * grid.shape[axis])[owner]
+    partial = (np.concatenate(side) for side in ((line, line), (corner, ends), (broken, cut)))
+    return tuple(partial), (line, first, inside - cut)
 
 
 def _layouts(found: Blocks, classes: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
@@ -88,20 +152,64 @@ def _layouts(found: Blocks, classes: tuple[np.ndarray, np.ndarray]) -> np.ndarra
     return number[found.query_class, found.key_class]
 
 
-def _listed(heads: list[np.ndarray], shape: tuple[int, int, int], axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many squares lie in each row (axis 1) or column (axis 2) of each layout, and where in it."""
-    along, across = shape[axis], 3 - axis
-    lines = shape[0] * along
-    counts, wheres = [], []
-    for head, squares in enumerate(heads):
-        line = squares[0] * along + squares[axis] + head * lines
-        order = np.lexsort((squares[across], line))
-        counts.append(line[order])
-        wheres.append(squares[across][order])
-    line, where = np.concatenate(counts), np.concatenate(wheres)
-    number = np.bincount(line, minlength=len(heads) * lines)
-    listed = np.zeros((len(number), max(_LEAST, int(number.max(initial=0)))), dtype=np.int32)
-    listed[line, np.arange(len(line)) - (np.cumsum(number) - number)[line]] = where
-    by_head = number.astype(np.int32).reshape(len(heads), shape[0], along)
-    listed = listed.reshape(*by_head.shape, -1)
-    return np.ascontiguousarray(by_head.swapaxes(0, 1)), np.ascontiguousarray(listed.swapaxes(0, 1))
+def _lines(grid: _Grid, runs: _Runs, axis: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return how many blocks lie in each row (axis 1) or column (axis 2) of each layout, and where in it."""
+    layouts, along = grid.shape[0], grid.shape[axis]
+    some = np.flatnonzero(runs[2])
+    some = some[np.lexsort((runs[1][some], runs[0][some]))]
+    line, first, number = (side[some] for side in runs)
+    total = np.bincount(line, weights=number, minlength=layouts * along).astype(np.int64)
+    wide = int(total.max(initial=0))
+    place = np.arange(int(total.sum()))
+    listed = np.zeros(len(total) * wide, dtype=np.int32)
+    # Runs lie in order, so what stands before a run is what it begins after, in its line and in all lines.
+    begin = np.arange(len(total)) * wide - (np.cumsum(total) - total)
+    listed[place + np.repeat(begin[line], number)] = place + np.repeat(
+        first - (np.cumsum(number) - number), number
+    )
+    return total.astype(np.int32).reshape(layouts, along), listed.reshape(layouts, along, wide)
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Which lines of the short text come again, how often, and how much farther on they lie each time."""
+
+    begin: int
+    end: int
+    times: int
+    farther: int
+
+
+def _again(grid: _Grid, stretch: Stretch, axis: int) -> _Again:
+    begin, size, other = (stretch.query, stretch.key)[axis - 1], grid.places[axis - 1], grid.places[2 - axis]
+    return _Again(begin // size, (begin + stretch.unit) // size, stretch.times, stretch.unit // other)
+
+
+def _beside(heads: list[tuple[np.ndarray, np.ndarray, _Again]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lists of heads for the long text, numbers `[layouts, heads, lines]` and what they are of, with one
+    more axis."""
+    wide = max(_LEAST, *(where.shape[2] for _, where, _ in heads))
+    number, _, again = heads[0]
+    shape = (len(number), len(heads), number.shape[1] + again.times * (again.end - again.begin))
+    numbers, listed = np.zeros(shape, dtype=np.int32), np.zeros((*shape, wide), dtype=np.int32)
+    for head, (number, where, again) in enumerate(heads):
+        # What stands behind the number of blocks in a list stays 0.
+        farther = (np.arange(where.shape[2]) < number[:, :, None]) * np.int32(again.farther)
+        _draw_out(number, np.zeros_like(number), again, numbers[:, head])
+        _draw_out(where, farther, again, listed[:, head, :, : where.shape[2]])
+    return numbers, listed
+
+
+def _draw_out(short: np.ndarray, farther: np.ndarray, again: _Again, long: np.ndarray) -> None:
+    """Write the lines `[layouts, lines, ...]` of a short text where they belong in the long one."""
+    begin, end, times = again.begin, again.end, again.times
+    if not times:
+        long[...] = short
+        return
+    stop = end + times * (end - begin)
+    long[:, :begin] = short[:, :begin]
+    strips = long[:, begin:stop].reshape(len(long), times + 1, end - begin, *long.shape[2:])
+    turns = np.arange(times + 1, dtype=np.int32).reshape(-1, *[1] * (short.ndim - 1))
+    np.multiply(farther[:, None, begin:end], turns, out=strips)
+    strips += short[:, None, begin:end]
+    long[:, stop:] = short[:, end:] + farther[:, end:] * np.int32(times)

@@ -48,6 +48,10 @@ class Lattice:
         return self.start + np.arange(shape[0])[:, None] * self.outer + inner
 
 
+# The queries of a part: where its rectangles lie, and how many there are, outer and inner.
+_Side = tuple[Lattice, tuple[int, int]]
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """A lattice of equal rectangles of pairs, done in one batched call.
@@ -103,25 +107,30 @@ def parts(pattern: Pattern, queries: range, keys: range, *, size: int = SIZE) ->
 @lru_cache(maxsize=64)
 def _of_term(term: Pattern, queries: range, keys: range, size: int) -> tuple[Part, ...]:
     """Return the parts of a term, which heads that differ elsewhere may have in common."""
-    made: list[Part] = []
-    for region in regions(term, queries, keys, size=size):
-        squares = scattered(region.term, region.queries, region.keys)
-        if squares is not None:
-            made.extend(_scattered_part(region, found) for found in squares)
-            continue
-        joined = _laid_out(region.term, region.queries, region.keys, size)
-        for look in range(len(joined.masks)):
-            same = np.flatnonzero(joined.look == look)
-            query, key = _everywhere(region, joined.query[same], joined.key[same])
-            for chosen, shape, advances in _lattices(query, key):
-                start = (int(query[chosen[0]]), int(key[chosen[0]]))
-                made.append(_part(joined, same[0], start, shape, advances))
+    found = regions(term, queries, keys, size=size)
+    return tuple(part for region in found for part in _of_region(region, size))
+
+
+@lru_cache(maxsize=256)
+def _of_region(region: Region, size: int) -> tuple[Part, ...]:
+    """Return the parts of a region; terms that differ in another one have it in common."""
+    squares = scattered(region.term, region.queries, region.keys)
+    if squares is not None:
+        return tuple(_scattered_part(region, found) for found in squares)
+    made = []
+    joined = _laid_out(region.term, region.queries, region.keys, size)
+    for look in range(len(joined.masks)):
+        same = np.flatnonzero(joined.look == look)
+        query, key = _everywhere(region, joined.query[same], joined.key[same])
+        for chosen, shape, advances in _lattices(query, key):
+            start = (int(query[chosen[0]]), int(key[chosen[0]]))
+            made.append(_part(joined, same[0], start, shape, advances))
     return tuple(made)
 
 
 @lru_cache(maxsize=64)
 def _laid_out(term: Pattern, queries: range, keys: range, size: int) -> Runs:
-    """Return the runs of a region; terms that differ elsewhere may have it in common."""
+    """Return the runs of a region; those that lie elsewhere may look the same."""
     found = staircases(term, queries, keys)
     # Where all of a text in order reads some keys, blocks join them with the triangle beside them.
     if found is not None and (found.step > 1 or len(queries) == 1 or (found.first >= 0).all()):
@@ -157,19 +166,24 @@ def _scattered_part(region: Region, found: Squares) -> Part:
 
 def _marked(made: list[Part]) -> tuple[Part, ...]:
     """Return the parts with those marked whose queries surely no part before them touches."""
-    sides = [part.query for part in made]
-    strides = np.array([_stride(part.query, part.shape) for part in made])
-    first = np.array([side.start for side in sides])
-    last = first + [_reach(part.query, part.shape) for part in made]
-    marked = []
-    for number, part in enumerate(made):
+    fresh = _fresh(tuple((part.query, part.shape) for part in made))
+    return tuple(replace(part, fresh=alone) for part, alone in zip(made, fresh, strict=True))
+
+
+@lru_cache(maxsize=64)
+def _fresh(sides: tuple[_Side, ...]) -> tuple[bool, ...]:
+    """Say of the queries of each part whether surely no part before it touches them."""
+    strides = np.array([_stride(*side) for side in sides])
+    first = np.array([query.start for query, _ in sides])
+    last = first + [_reach(*side) for side in sides]
+    found = []
+    for number, side in enumerate(sides):
         # What advances by multiples of a number never meets what begins between them.
         common = np.maximum(np.gcd(strides[:number], strides[number]), 1)
         meets = (first[:number] <= last[number]) & (first[number] <= last[:number])
         meets &= (first[:number] - first[number]) % common == 0
-        fresh = not any(_meet(made[other], part) for other in np.flatnonzero(meets))
-        marked.append(replace(part, fresh=fresh))
-    return tuple(marked)
+        found.append(not any(_meet(sides[other], side) for other in np.flatnonzero(meets)))
+    return tuple(found)
 
 
 def _stride(side: Lattice, shape: tuple[int, int]) -> int:
@@ -183,16 +197,16 @@ def _reach(side: Lattice, shape: tuple[int, int]) -> int:
     return side.outer * (shape[0] - 1) + side.inner * (shape[1] - 1) + side.step * (side.places - 1)
 
 
-def _meet(one: Part, other: Part) -> bool:
-    """Say whether two parts whose first and last queries overlap may have queries in common."""
-    if one.query.step != other.query.step or one.query.step == 1:
+def _meet(one: _Side, other: _Side) -> bool:
+    """Say whether the queries of two parts whose first and last ones overlap may have any in common."""
+    if one[0].step != other[0].step or one[0].step == 1:
         return True
-    return not _residues(one).isdisjoint(_residues(other))
+    return not _residues(*one).isdisjoint(_residues(*other))
 
 
-def _residues(part: Part) -> set[int]:
+def _residues(query: Lattice, shape: tuple[int, int]) -> set[int]:
     """Return the residues, modulo the step of its places, at which the queries of a part lie."""
-    return set((part.query.begins(part.shape) % part.query.step).ravel().tolist())
+    return set((query.begins(shape) % query.step).ravel().tolist())
 
 
 def _lattices(query: np.ndarray, key: np.ndarray) -> Iterator[tuple[np.ndarray, tuple[int, int], Advances]]:

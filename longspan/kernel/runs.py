@@ -19,6 +19,8 @@ WIDEST = 48
 # Rows of blocks in one run without a mask; taller ones are cut into several, so that what a call gives stays small.
 TALLEST = 64
 PLAIN, MASKED, CAUSAL = 0, 1, 2
+# More than there are rows of blocks.
+_ROWS = np.int64(1) << 24
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def alike(*facts: np.ndarray) -> np.ndarray:
 def runs(tile: Tile) -> Runs:
     """Join the blocks of a relation into runs, disjoint and complete."""
     blocks = tile.blocks
-    alone, joined = _intervals(blocks)
-    stretches = np.concatenate([_stretches(joined), alone])
+    corners, tall, joined = _intervals(blocks)
+    stretches = np.concatenate([_stretches(tall, joined), corners])
     query = stretches["query_class"] + stretches["row"] * blocks.size * blocks.query_side.step
     key = stretches["key_class"] + stretches["start"] * blocks.size * blocks.key_side.step
     rows = np.minimum(
@@ -107,13 +109,15 @@ def _by_row(whole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, owner, depth
 
 
-def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """Return the triangles that stand alone, and all else as one stretch per row of blocks."""
+def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the triangles that stand alone, the full rectangles that do, and all else as one stretch per row of
+    blocks."""
     full, partial, triangle = (
         _whole(blocks, np.flatnonzero(blocks.kind == found), kind)
         for found, kind in ((FULL, PLAIN), (PARTIAL, MASKED), (TRIANGLE, CAUSAL))
     )
-    others = np.concatenate([_by_row(full)[0], partial])
+    single = _single(np.concatenate([full, partial, triangle]))[: len(full)]
+    others = np.concatenate([_by_row(full[~single])[0], partial])
     # A triangle with blocks at its left belongs to a band and is cut into rows like the rest of it.
     rows, owner, depth = _by_row(triangle)
     touching = _among(_address(rows, "start"), _address(others, "stop"))
@@ -124,7 +128,18 @@ def _intervals(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     before["stop"], before["kind"] = before["start"] + depth, PLAIN
     corner["start"], corner["kind"] = before["stop"], MASKED
     corner["stop"] = corner["start"] + 1
-    return triangle[~in_band], np.concatenate([others, before[depth > 0], corner])
+    return triangle[~in_band], full[single], np.concatenate([others, before[depth > 0], corner])
+
+
+def _single(stretches: np.ndarray) -> np.ndarray:
+    """Say which stretches have no other one beside them in any row."""
+    first = (stretches["query_class"] * 65_536 + stretches["key_class"]) * _ROWS + stretches["row"]
+    order = np.argsort(first, kind="stable")
+    first, last = first[order], (first + stretches["height"])[order]
+    clear = first[1:] >= np.maximum.accumulate(last)[:-1]
+    single = np.zeros(len(stretches), dtype=bool)
+    single[order] = np.append(True, clear) & np.append(clear, True) if len(order) else True
+    return single
 
 
 def _among(numbers: np.ndarray, listed: np.ndarray) -> np.ndarray:
@@ -135,13 +150,18 @@ def _among(numbers: np.ndarray, listed: np.ndarray) -> np.ndarray:
 
 def _address(stretches: np.ndarray, edge: str) -> np.ndarray:
     """Return one number per row and column edge, for looking up neighbours."""
-    large = np.int64(1) << 24
     classes = stretches["query_class"] * 65_536 + stretches["key_class"]
-    return (classes * large + stretches["row"]) * large + stretches[edge]
+    return (classes * _ROWS + stretches["row"]) * _ROWS + stretches[edge]
 
 
-def _stretches(intervals: np.ndarray) -> np.ndarray:
-    """Join neighbours in a row, then equal plain rows one above the other."""
+def _stretches(tall: np.ndarray, intervals: np.ndarray) -> np.ndarray:
+    """Join neighbours in a row, then equal plain ones one above the other."""
+    joined = _side_by_side(intervals)
+    plain = np.concatenate([tall, joined[joined["kind"] == PLAIN]])
+    return np.concatenate([_upon_another(plain), joined[joined["kind"] != PLAIN]])
+
+
+def _side_by_side(intervals: np.ndarray) -> np.ndarray:
     if not len(intervals):
         return intervals
     ordered = _sorted(intervals, "query_class", "key_class", "row", "start")
@@ -151,19 +171,24 @@ def _stretches(intervals: np.ndarray) -> np.ndarray:
     same_kind = (ordered["kind"][1:] == ordered["kind"][:-1]) & (
         (ordered["kind"][1:] == PLAIN) | (ordered["start"][1:] % WIDEST > 0)
     )
-    joined = _joined(ordered, joins & (~wide[1:] | same_kind))
+    return _joined(ordered, joins & (~wide[1:] | same_kind))
 
-    plain = joined[joined["kind"] == PLAIN]
+
+def _upon_another(plain: np.ndarray) -> np.ndarray:
+    if not len(plain):
+        return plain
     plain = _sorted(plain, "query_class", "key_class", "start", "stop", "row")
-    above = _same(plain, "query_class", "key_class", "start", "stop") & (
-        plain["row"][1:] == plain["row"][:-1] + 1
-    )
-    first = np.flatnonzero(np.concatenate([[True], ~above])) if len(plain) else np.zeros(0, dtype=np.int64)
-    depth = np.arange(len(plain)) - np.repeat(first, np.diff(np.append(first, len(plain))))
-    first = np.flatnonzero(depth % TALLEST == 0)
-    tall = plain[first]
-    tall["height"] = np.diff(np.append(first, len(plain)))
-    return np.concatenate([tall, joined[joined["kind"] != PLAIN]])
+    above = _same(plain, "query_class", "key_class", "start", "stop")
+    above &= plain["row"][1:] == plain["row"][:-1] + plain["height"][:-1]
+    first = np.flatnonzero(np.concatenate([[True], ~above]))
+    height = np.add.reduceat(plain["height"], first)
+    number = -(-height // TALLEST)
+    owner = np.repeat(np.arange(len(first)), number)
+    depth = (np.arange(len(owner)) - np.repeat(np.cumsum(number) - number, number)) * TALLEST
+    cut = plain[first[owner]]
+    cut["row"] += depth
+    cut["height"] = np.minimum(TALLEST, height[owner] - depth)
+    return cut
 
 
 def _sorted(stretches: np.ndarray, *names: str) -> np.ndarray:

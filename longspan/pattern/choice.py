@@ -163,18 +163,20 @@ class Random(Blockwise):
             check_size(self, name, least=least)
 
     def columns(self, row: Any) -> list[Any]:
-        free = self._free(row)
+        free, (before, first, left_out) = self._free(row), self._left_out(row)
         ahead: list[Any] = []
         chosen = []
         for draw in range(self.blocks):
             left = free - draw
             # A number from 0 to `left - 1`, then moved past the numbers that were drawn before it.
             number = (hashed(self.seed, self.stream, draw, row) * (left * (left > 0))) >> 32
-            for before in ahead:
-                number = number + (number >= before)
-            number = number * (left > 0) + _PAST * (left <= 0)
-            chosen.append(self._candidate(row, number))
-            ahead = _inserted(ahead, number)
+            for drawn in ahead:
+                number = number + (number >= drawn)
+            number = number + _PAST * (left <= 0)
+            if draw + 1 < self.blocks:
+                ahead = _inserted(ahead, number)
+            number = number + before
+            chosen.append(number + (number >= first) * left_out if self.of else number)
         return chosen
 
     def rows(self, last: int) -> int:
@@ -186,14 +188,13 @@ class Random(Blockwise):
             return row - 2
         return (self.of - 5) * ((row > 0) & (row < self.of - 1))
 
-    def _candidate(self, row: Any, number: Any) -> Any:
-        """Return the block that a drawn number stands for."""
+    def _left_out(self, row: Any) -> tuple[Any, Any, Any]:
+        """Return the first block that a row draws among, where it leaves some out, and how many."""
         if not self.of:
-            return number + 1
-        number = number + 1 + (row == self.of - 2)
-        first = (row - 1) * (row > 1) + (row <= 1)
+            return 1, 0, 0
         # Rows in the middle leave out three blocks; the first and the last of them begin behind two.
-        return number + (number >= first) * (3 - (row == 1) * 1)
+        first = (row - 1) * (row > 1) + (row <= 1)
+        return 1 + (row == self.of - 2), first, 3 - (row == 1) * 1
 
 
 def _inserted(ascending: list[Any], number: Any) -> list[Any]:
