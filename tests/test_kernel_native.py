@@ -44,9 +44,9 @@ Plan
   most keys  512 for one query
   blocks     1,488 full, 992 partial, 30,288 empty
   layout     contiguous
-  computed   33,744,640, 1.04 times the pairs
+  computed   33,460,224, 1.03 times the pairs
   flops      8,322,023,424 forward
-  workspace  336.9 kB forward, 918.5 kB backward at most
+  workspace  460.3 kB forward, 918.3 kB backward at most
   kernel     native
   heads 0 to 7
     1 x causal 512 queries by 512 keys

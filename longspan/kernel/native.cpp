@@ -2,15 +2,17 @@
 //
 // A block is up to 64 queries at regular distances. It goes through all of its keys once, with the softmax kept
 // online. Queries lie in the lanes of vectors and keys (or numbers of a value) are broadcast, so that maxima and
-// sums run down columns, nothing is ever moved between lanes, and keys and values are read where they lie.
-// All products, forward and backward, are one small function, `product`. Masks are words of 64 bits, one bit a
-// query; what 16 queries do not read of a few keys is not computed.
+// sums run down columns and nothing is ever moved between lanes. Forward, each strip of 16 queries goes by itself
+// through the stretches of keys that it reads, which are read where they lie unless they are bfloat16 or lie far apart;
+// backward, strips go abreast and keys are tiles of a few, of which each strip does those that it reads. Masks are
+// words of 64 bits, one bit a query.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <limits>
 #include <new>
 #include <thread>
@@ -27,23 +29,29 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, TALL = 6, ABREAST = 4;
+constexpr int LANES = 16, TALL = 6, ABREAST = 4, ALONE = 16;
 #elif defined(__AVX2__)
-constexpr int LANES = 8, TALL = 6, ABREAST = 1;
+constexpr int LANES = 8, TALL = 6, ABREAST = 1, ALONE = 6;
 #elif defined(__aarch64__)
-constexpr int LANES = 4, TALL = 6, ABREAST = 1;
+constexpr int LANES = 4, TALL = 6, ABREAST = 1, ALONE = 6;
 #else
-constexpr int LANES = 4, TALL = 2, ABREAST = 1;
+constexpr int LANES = 4, TALL = 2, ABREAST = 1, ALONE = 2;
 #endif
 // Queries in a block, queries in a strip (what is skipped or computed as one), and vectors in a strip.
 constexpr int ROWS = 64, STRIP = 16, STRIPS = ROWS / STRIP, VECTORS = STRIP / LANES;
-// Keys between two looks at the maximum.
-#ifndef DEEP
-#define DEEP 96
-#endif
-constexpr int CHUNK = DEEP;
+// Keys between two looks at the maximum, forward and backward; keys that all strips of a block go through one strip
+// after the other.
+constexpr int DEPTH = 144, CHUNK = 96, PIECE = 2 * DEPTH;
+// Unread keys that end a stretch.
+constexpr int GAP = 16;
+// Rows whose numbers begin further apart than this are copied together.
+constexpr int64_t CLOSE = 128;
+// Queries that one thread does all levels of, at least.
+constexpr int64_t SECTION = 2048;
 // Scores of pairs that are not read, and what maxima below which nothing was read.
 constexpr float UNREAD = -1e38f, SILENT = -1e37f;
+// Bits of a strip of which all is read.
+constexpr uint32_t WHOLE = (1u << STRIP) - 1;
 constexpr double LOG2E = 1.4426950408889634;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
@@ -120,6 +128,18 @@ INLINE Vector power(Vector x) {
 #endif
 }
 
+// The natural logarithm of numbers above 0, to about one unit in the last place; what is not finite becomes NaN.
+INLINE Vector logarithm(Vector x) {
+    const Integers power_of_2 = ((Integers)x - 0x3f3504f3) >> 23;
+    const Vector part = (Vector)((Integers)x - (power_of_2 << 23)) - 1.0f, square = part * part;
+    Vector sum = all(0.070376836f);
+    for (float next : {-0.11514610f, 0.11676999f, -0.12420141f, 0.14249323f, -0.16668058f, 0.20000715f, -0.24999994f,
+                       0.33333331f})
+        sum = sum * part + next;
+    sum = sum * part * square - 0.5f * square + part;
+    return __builtin_convertvector(power_of_2, Vector) * 0.69314718f + sum + (x - x);
+}
+
 // The numbers whose bits are set, and `otherwise` for the others; bits of one vector.
 INLINE Vector choose(uint32_t bits, Vector what, float otherwise) {
 #if defined(__AVX512F__)
@@ -173,44 +193,73 @@ INLINE void tile(int height, int strips, Given... given) {
 #undef WIDE
 }
 
-// Scores of R keys and S strips of queries: products of keys and queries, unread ones struck out, and their maxima.
-template <int R, int S>
+// Scores of R keys and a strip of queries: products of keys and queries, unread ones struck out, and their maxima.
+template <int R>
 struct Score {
-    template <class T>
-    static __attribute__((noinline)) void run(const T* key, int64_t down, const float* queries, int64_t width, const uint64_t* bits,
-                    float* scores, float* most) {
-        Vector sums[R][S * VECTORS] = {};
-        product<R, S>(sums, key, down, 1, queries, ROWS, width);
-        if (bits)
-            for (int r = 0; r < R; r++)
-                for (int c = 0; c < S * VECTORS; c++)
-                    sums[r][c] = choose((uint32_t)(bits[r] >> (c * LANES)), sums[r][c], UNREAD);
-        for (int c = 0; c < S * VECTORS; c++) {
+    static __attribute__((noinline)) void run(const float* key, int64_t down, const float* queries, int64_t width,
+                                              const uint32_t* bits, float* scores, float* most) {
+        Vector sums[R][VECTORS] = {};
+        for (int64_t step = 0; step < width; step++, queries += STRIP) {
+            Vector row[VECTORS];
+            for (int c = 0; c < VECTORS; c++) row[c] = load(queries + c * LANES);
+            const float* four = key++;
+            for (int r = 0; r < R; r++) {
+                if (r && r % 4 == 0) four += 4 * down;
+                // One register for four rows: compilers would rather keep one for each, and have too few.
+                if (r % 4 == 0) asm("" : "+r"(four));
+                const Vector one = spread(four + r % 4 * down);
+                for (int c = 0; c < VECTORS; c++) sums[r][c] += one * row[c];
+            }
+        }
+        for (int c = 0; c < VECTORS; c++) {
             Vector high = load(most + c * LANES);
             for (int r = 0; r < R; r++) {
+                if (bits) sums[r][c] = choose(bits[r] >> (c * LANES), sums[r][c], UNREAD);
                 high = larger(high, sums[r][c]);
-                store(scores + r * ROWS + c * LANES, sums[r][c]);
+                store(scores + r * STRIP + c * LANES, sums[r][c]);
             }
             store(most + c * LANES, high);
         }
     }
 };
 
-// R numbers of the output of S strips of queries: what there is, rescaled, plus weights times values.
+// R numbers of the output of a strip of queries: what there is, rescaled, or nothing, plus weights times values.
+template <int R>
+struct Blend {
+    static __attribute__((noinline)) void run(const float* value, int64_t next, const float* weights, int64_t deep,
+                                              const float* rescale, float* output) {
+        // Added up by themselves first: small sums are rounded by little.
+        Vector sums[R][VECTORS] = {};
+        product<R, 1>(sums, value, 1, next, weights, STRIP, deep);
+        for (int c = 0; c < VECTORS; c++) {
+            const Vector factor = rescale ? load(rescale + c * LANES) : Vector{};
+            for (int r = 0; r < R; r++) {
+                float* place = output + r * STRIP + c * LANES;
+                store(place, rescale ? load(place) * factor + sums[r][c] : sums[r][c]);
+            }
+        }
+    }
+};
+
+// A function for each height of a product of one strip, found at run time.
+template <template <int> class Kernel, int R = ALONE, class... Given>
+INLINE void alone(int64_t height, Given... given) {
+    if (R == 1 || height == R) return Kernel<R>::run(given...);
+    if constexpr (R > 1) alone<Kernel, R - 1>(height, given...);
+}
+
+// R numbers of the gradient of S strips of queries: what there is, plus slopes times keys.
 template <int R, int S>
 struct Weigh {
     template <class T>
-    static __attribute__((noinline)) void run(const T* value, int64_t next, const float* weights, int64_t deep, const float* rescale,
-                    float* output) {
+    static __attribute__((noinline)) void run(const T* key, int64_t next, const float* slopes, int64_t deep,
+                                              float* into) {
         // Added up by themselves first: small sums are rounded by little.
         Vector sums[R][S * VECTORS] = {};
-        product<R, S>(sums, value, 1, next, weights, ROWS, deep);
+        product<R, S>(sums, key, 1, next, slopes, ROWS, deep);
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < S * VECTORS; c++) {
-                Vector before = load(output + r * ROWS + c * LANES);
-                if (rescale) before *= load(rescale + c * LANES);
-                store(output + r * ROWS + c * LANES, before + sums[r][c]);
-            }
+            for (int c = 0; c < S * VECTORS; c++)
+                store(into + r * ROWS + c * LANES, load(into + r * ROWS + c * LANES) + sums[r][c]);
     }
 };
 
@@ -291,11 +340,14 @@ struct Work {
     float scale;
 };
 
+struct Outline;
+
 // Keys that a block reads: places from `key` on, and where its masks are.
 struct Run {
     int64_t key, step, columns, words, first;
     bool causal;
     const uint64_t* bits;
+    const Outline* outline;
 
     INLINE bool plain(int64_t until) const { return !bits && (!causal || until <= first + 1); }
 
@@ -307,27 +359,78 @@ struct Run {
     }
 };
 
+// Keys that a strip of queries reads, from `low` up to `high`, less than `GAP` unread ones in between included; from
+// `first` up to `last` all of its queries read all of them.
+struct Stretch {
+    int64_t low, high, first, last;
+};
+
+// The stretches of each strip of a block in one run.
+struct Outline {
+    std::vector<Stretch> strips[STRIPS];
+    int64_t low = 0, high = 0;
+
+    explicit Outline(const Run& run, int64_t rows) {
+        for (int s = 0; s * STRIP < rows; s++) {
+            std::vector<Stretch>& made = strips[s];
+            if (run.bits)
+                trace(run, rows, s);
+            else if (run.causal)
+                made.push_back({0, std::min(run.columns, run.first + (s + 1) * STRIP), 0,
+                                std::min(run.columns, run.first + s * STRIP + 1)});
+            else
+                made.push_back({0, run.columns, 0, run.columns});
+            if (made.empty()) continue;
+            low = high ? std::min(low, made.front().low) : made.front().low;
+            high = std::max(high, made.back().high);
+        }
+    }
+
+    void trace(const Run& run, int64_t rows, int s) {
+        const uint32_t present = rows - s * STRIP >= STRIP ? WHOLE : (1u << (rows - s * STRIP)) - 1;
+        int64_t full = 0;
+        for (int64_t place = 0; place < run.columns; place++) {
+            const uint32_t bits = (run.bits[place * run.words] >> (s * STRIP)) & present;
+            full = bits == present ? full + 1 : 0;
+            if (!bits) continue;
+            if (strips[s].empty() || place - strips[s].back().high >= GAP)
+                strips[s].push_back({place, place, place, place});
+            Stretch& last = strips[s].back();
+            last.high = place + 1;
+            if (full > last.last - last.first) last.first = place + 1 - full, last.last = place + 1;
+        }
+    }
+};
+
 struct Block {
     int64_t start, step, rows;
     int level;
     std::vector<Run> runs;
 
     uint64_t present() const { return rows == ROWS ? ~0ull : (1ull << rows) - 1; }
+    int64_t end() const { return start + (rows - 1) * step + 1; }
 };
 
 struct Schedule {
-    // Blocks such that those of one level have no query in common, level by level.
-    std::vector<std::vector<Block>> levels;
+    // Blocks in sections that have no query in common, level by level in each; those of one level have none either.
+    std::vector<Block> blocks;
+    // Where in `blocks` each section begins, and where the last one ends.
+    std::vector<size_t> sections{0};
+    // The blocks of each level.
+    std::vector<std::vector<const Block*>> levels;
     // Queries that no block of the first level has: what they are added to is 0 before.
     std::vector<int64_t> unwritten;
+    std::deque<Outline> outlines;
 };
 
 Schedule schedule(const Work& work) {
-    std::vector<Block> made;
+    Schedule made;
+    std::vector<Block>& blocks = made.blocks;
+    std::deque<Outline>& outlines = made.outlines;
     std::unordered_map<int64_t, std::vector<size_t>> known;
     for (int64_t number = 0; number < work.parts_number; number++) {
         const Part& part = work.parts[number];
-        const int64_t words = (part.query.places + ROWS - 1) / ROWS;
+        const int64_t words = (part.query.places + ROWS - 1) / ROWS, outlined = outlines.size();
         for (int64_t i = 0; i < part.outer; i++)
             for (int64_t j = 0; j < part.inner; j++)
                 for (int64_t word = 0; word < words; word++) {
@@ -338,33 +441,47 @@ Schedule schedule(const Work& work) {
                     const int64_t columns = part.causal ? std::min(part.key.places, first + rows) : part.key.places;
                     Block* block = nullptr;
                     for (size_t at : known[start])
-                        if (made[at].step == part.query.step && made[at].rows == rows) block = &made[at];
+                        if (blocks[at].step == part.query.step && blocks[at].rows == rows) block = &blocks[at];
                     if (!block) {
-                        known[start].push_back(made.size());
-                        made.push_back({start, part.query.step, rows, 0, {}});
-                        block = &made.back();
+                        known[start].push_back(blocks.size());
+                        blocks.push_back({start, part.query.step, rows, 0, {}});
+                        block = &blocks.back();
                     }
-                    block->runs.push_back({key, part.key.step, columns, words, first, part.causal != 0,
-                                           part.bits ? part.bits + word : nullptr});
+                    Run run{key, part.key.step, columns, words, first, part.causal != 0,
+                            part.bits ? part.bits + word : nullptr, nullptr};
+                    if ((int64_t)outlines.size() == outlined + word) outlines.emplace_back(run, rows);
+                    run.outline = &outlines[outlined + word];
+                    block->runs.push_back(run);
                 }
     }
     std::vector<int> touched(work.queries, 0);
-    std::vector<std::vector<Block>> levels;
-    std::vector<int64_t> unwritten;
-    for (Block& block : made) {
+    for (Block& block : blocks) {
         for (int64_t r = 0; r < block.rows; r++)
             block.level = std::max(block.level, touched[block.start + r * block.step]);
         for (int64_t r = 0; r < block.rows; r++) {
             int& level = touched[block.start + r * block.step];
-            if (block.level && !level) unwritten.push_back(block.start + r * block.step);
+            if (block.level && !level) made.unwritten.push_back(block.start + r * block.step);
             level = block.level + 1;
         }
-        if (block.level >= (int)levels.size()) levels.resize(block.level + 1);
-        levels[block.level].push_back(std::move(block));
     }
     for (int64_t query = 0; query < work.queries; query++)
-        if (!touched[query]) unwritten.push_back(query);
-    return {std::move(levels), std::move(unwritten)};
+        if (!touched[query]) made.unwritten.push_back(query);
+
+    std::stable_sort(blocks.begin(), blocks.end(),
+                     [](const Block& one, const Block& other) { return one.start < other.start; });
+    for (size_t first = 0, last = 0; first < blocks.size(); first = last) {
+        int64_t end = 0;
+        while (last < blocks.size() && (blocks[last].start < end || end < blocks[first].start + SECTION))
+            end = std::max(end, blocks[last].end()), last++;
+        std::stable_sort(blocks.begin() + first, blocks.begin() + last,
+                         [](const Block& one, const Block& other) { return one.level < other.level; });
+        made.sections.push_back(last);
+    }
+    for (const Block& block : blocks) {
+        if (block.level >= (int)made.levels.size()) made.levels.resize(block.level + 1);
+        made.levels[block.level].push_back(&block);
+    }
+    return made;
 }
 
 struct Room {
@@ -391,10 +508,20 @@ INLINE void exchanges(Vector (&rows)[LANES]) {
     if constexpr (H > 1) exchanges<H / 2>(rows);
 }
 
+INLINE Vector as_vector(const float* from) { return load(from); }
+
+INLINE Vector as_vector(const uint16_t* from) {
+    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+    Halves some;
+    std::memcpy(&some, from, sizeof some);
+    return (Vector)(__builtin_convertvector(some, Integers) << 16);
+}
+
 // Turn a square of numbers.
-__attribute__((noinline)) void transpose(const float* from, int64_t down, float* to, int64_t across) {
+template <class T>
+__attribute__((noinline)) void transpose(const T* from, int64_t down, float* to, int64_t across, float factor = 1) {
     Vector rows[LANES];
-    for (int r = 0; r < LANES; r++) rows[r] = load(from + r * down);
+    for (int r = 0; r < LANES; r++) rows[r] = as_vector(from + r * down) * factor;
     exchanges<LANES / 2>(rows);
     for (int r = 0; r < LANES; r++) store(to + r * across, rows[r]);
 }
@@ -512,99 +639,236 @@ void report(const Work& work, Vector odd) {
         if (odd[lane] != 0.0f || std::isnan(odd[lane])) __atomic_store_n(&work.odd, 1, __ATOMIC_RELAXED);
 }
 
+// Rows of a strip of queries as columns, and 0 where there are none.
 template <class T>
-void forward_block(const Work& work, const Block& block, int64_t batch, int64_t head, Room& room) {
-    const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
-                  value_wide = whole(value_width);
-    const int64_t widest = std::max(wide, value_wide);
-    float* queries = room.take(ROWS * (wide + value_wide + widest + CHUNK + 4));
-    float *output = queries + ROWS * wide, *rows = output + ROWS * value_wide, *scores = rows + ROWS * widest,
-          *most = scores + ROWS * CHUNK, *high = most + ROWS, *total = high + ROWS, *rescale = total + ROWS;
-    gather(row<T>(work.query, batch, head, block.start), work.query.row * block.step, block.rows, width,
-           (float)(work.scale * LOG2E), rows, wide, ROWS);
-    turn(rows, wide, queries);
-    // An infinite query whose scores are all minus infinity leaves no trace in the output.
-    Vector odd = {};
-    for (int64_t i = 0; i < width * ROWS; i += LANES) odd += load(queries + i) - load(queries + i);
+void columns(const T* from, int64_t next, int64_t rows, int64_t width, float factor, float* spare, float* to) {
+    const int64_t wide = whole(width);
+    const bool direct = rows >= STRIP && width == wide;
+    if (!direct) gather(from, next, std::min<int64_t>(rows, STRIP), width, factor, spare, wide, STRIP);
+    for (int64_t i = 0; i < wide; i += LANES)
+        for (int64_t r = 0; r < STRIP; r += LANES)
+            if (direct)
+                transpose(from + r * next + i, next, to + i * STRIP + r, STRIP, factor);
+            else
+                transpose(spare + r * wide + i, wide, to + i * STRIP + r, STRIP);
+}
 
+// Some keys and values, as float32.
+struct Keys {
+    const float *key, *value;
+    int64_t key_next, value_next;
+};
+
+// Ask for rows of numbers before they are needed. (Where this is a call, compilers see nothing done and leave it out.)
+template <class T>
+INLINE void fetch(const T* from, int64_t next, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t byte = 0; byte < width * (int64_t)sizeof(T); byte += 64)
+            __builtin_prefetch((const char*)(from + r * next) + byte, 0, 2);
+}
+
+// Ask for one of as many shares as there are strips of what the next block reads and this one does not: its queries,
+// and of its first keys those that come after what this one has of the same.
+template <class T>
+INLINE void fetch_ahead(const Work& work, const Block& block, const Block& ahead, int64_t batch, int64_t head,
+                        int share) {
+    const int64_t rows = ahead.rows / STRIPS, key_head = head / work.share;
+    fetch(row<T>(work.query, batch, head, ahead.start + share * rows * ahead.step), work.query.row * ahead.step, rows,
+          work.width);
+    const Run &run = block.runs[0], &next = ahead.runs[0];
+    int64_t number = next.outline->high - next.outline->low, first = next.key + next.outline->low * next.step;
+    const int64_t top = first + number * next.step, known = run.key + run.outline->high * run.step;
+    if (run.step == next.step && (top - known) % next.step == 0 && top > known && first < known)
+        number = (top - known) / next.step, first = known;
+    number = std::min<int64_t>(number, PIECE);
+    const int64_t begin = number * share / STRIPS, end = number * (share + 1) / STRIPS;
+    fetch(row<T>(work.key, batch, key_head, first + begin * next.step), work.key.row * next.step, end - begin,
+          work.width);
+    fetch(row<T>(work.value, batch, key_head, first + begin * next.step), work.value.row * next.step, end - begin,
+          work.value_width);
+}
+
+// A strip of queries on its way through its keys: numbers of a query, and of its output, in columns.
+struct Strip {
+    float *queries, *output, *most, *total;
+    // The first query in the block, and how many there are.
+    int64_t first, rows;
+    bool begun;
+
+    // Take in keys of a stretch, not more than `DEPTH`, the first of them at `place` in the run.
+    INLINE void take(const Run& run, const Stretch& stretch, int64_t place, int64_t number, const Keys& keys,
+                     int64_t width, int64_t value_width, float* scores) {
+        float highest[STRIP], rescale[STRIP];
+        std::fill_n(highest, STRIP, UNREAD);
+        for (int64_t n = 0; n < number; n += ALONE) {
+            const int64_t height = std::min<int64_t>(ALONE, number - n), at = place + n;
+            uint32_t bits[ALONE], every = WHOLE;
+            if (at < stretch.first || at + height > stretch.last)
+                for (int64_t r = 0; r < height; r++)
+                    every &= bits[r] = (uint32_t)(run.readers(at + r) >> first) & WHOLE;
+            alone<Score>(height, keys.key + n * keys.key_next, keys.key_next, (const float*)queries, width,
+                         every == WHOLE ? nullptr : (const uint32_t*)bits, scores + n * STRIP, highest);
+        }
+        for (int c = 0; c < STRIP; c += LANES) {
+            const Vector before = load(most + c), now = larger(before, load(highest + c));
+            const Integers silent = now < SILENT;
+            const Vector less = silent ? Vector{} : now, factor = power(before - now);
+            Vector sum = {};
+            for (float* score = scores + c; score < scores + number * STRIP; score += STRIP) {
+                const Vector weight = power(load(score) - less);
+                store(score, weight);
+                sum += weight;
+            }
+            store(total + c, load(total + c) * factor + sum);
+            store(most + c, now);
+            store(rescale + c, factor);
+        }
+        for (int64_t i = 0; i < value_width; i += ALONE)
+            alone<Blend>(std::min<int64_t>(ALONE, value_width - i), keys.value + i, keys.value_next,
+                         (const float*)scores, number, begun ? (const float*)rescale : (const float*)nullptr,
+                         output + i * STRIP);
+        begun = true;
+    }
+
+    // Join what was found with what other blocks have found before, an output in `known` and its log-sum-exps, and
+    // divide the output by the weights. Returns what is not 0 where an output is not finite.
+    INLINE Vector close(const float* known, const float* known_lse, int64_t value_width) {
+        if (!begun) std::memset(output, 0, sizeof(float) * STRIP * whole(value_width));
+        Vector odd[4] = {};
+        for (int c = 0; c < STRIP; c += LANES) {
+            Vector high = load(most + c), sum = load(total + c), factor = all(1.0f), other = {};
+            if (known) {
+                const Vector lse = load(known_lse + c);
+                const Integers there = lse > SILENT, number = lse == lse;
+                const Vector before = there ? lse * (float)LOG2E : all(UNREAD), now = larger(high, before);
+                factor = power(high - now);
+                other = there ? power(before - now) : number ? Vector{} : lse;
+                sum = sum * factor + other;
+                high = now;
+            }
+            const Vector share = sum == 0.0f ? Vector{} : 1.0f / sum;
+            factor *= share;
+            other *= share;
+            for (int64_t i = 0; i < value_width; i++) {
+                float* place = output + i * STRIP + c;
+                Vector mean = load(place) * factor;
+                if (known) mean += load(known + i * STRIP + c) * other;
+                store(place, mean);
+                odd[i % 4] += mean - mean;
+            }
+            store(most + c, high);
+            store(total + c, sum);
+        }
+        return (odd[0] + odd[1]) + (odd[2] + odd[3]);
+    }
+
+    // Write log-sum-exps `next` apart.
+    INLINE void write_lse(float* lse, int64_t next) const {
+        float logs[STRIP];
+        for (int c = 0; c < STRIP; c += LANES) store(logs + c, logarithm(load(total + c)));
+        for (int64_t r = 0; r < rows; r++)
+            lse[r * next] = total[r] == 0 ? -std::numeric_limits<float>::infinity()
+                                          : (float)(most[r] / LOG2E + logs[r]);
+    }
+};
+
+// Write a strip's columns as rows `next` apart.
+void write_rows(const float* columns, int64_t rows, int64_t width, float* to, int64_t next, float* spare) {
+    const int64_t wide = whole(width);
+    const bool direct = rows == STRIP && width == wide;
+    for (int64_t i = 0; i < wide; i += LANES)
+        for (int64_t r = 0; r < STRIP; r += LANES)
+            if (direct)
+                transpose(columns + i * STRIP + r, STRIP, to + r * next + i, next);
+            else
+                transpose(columns + i * STRIP + r, STRIP, spare + r * wide + i, wide);
+    if (!direct)
+        for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * next, spare + r * wide, sizeof(float) * width);
+}
+
+// `ahead` is the block that is done next, or nothing.
+template <class T>
+void forward_block(const Work& work, const Block& block, const Block* ahead, int64_t batch, int64_t head, Room& room) {
+    const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
+                  value_wide = whole(value_width), widest = std::max(wide, value_wide);
+    float* queries =
+        room.take(ROWS * (wide + value_wide + 2) + STRIP * (2 * widest + DEPTH) + PIECE * (wide + value_wide));
+    float *output = queries + ROWS * wide, *most = output + ROWS * value_wide, *total = most + ROWS,
+          *spare = total + ROWS, *known = spare + STRIP * widest, *scores = known + STRIP * widest,
+          *near_keys = scores + STRIP * DEPTH, *near_values = near_keys + PIECE * wide;
     const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
     float *out = work.output + at * value_width, *lse = work.lse + at;
-    for (int r = 0; r < ROWS; r++) high[r] = UNREAD, total[r] = 0;
-    std::memset(output, 0, sizeof(float) * ROWS * value_wide);
-    if (block.level) {
-        for (int64_t r = 0; r < block.rows; r++)
-            if (const float known = lse[r * block.step]; known > SILENT || std::isnan(known))
-                high[r] = (float)(known * LOG2E), total[r] = 1;
-        gather(out, value_width * block.step, block.rows, value_width, 1.0f, rows, value_wide, ROWS);
-        turn(rows, value_wide, output);
-    }
+    const int64_t out_next = block.step * value_width, query_next = work.query.row * block.step;
 
-    const uint64_t present = block.present();
-    const int64_t key_head = head / work.share;
-    for (const Run& run : block.runs)
-        for (int64_t first = 0; first < run.columns; first += CHUNK) {
-            const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
-            const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
-            const T* key = row<T>(work.key, batch, key_head, run.key + first * run.step);
-            Live live;
-            for (int r = 0; r < ROWS; r++) most[r] = UNREAD;
-            tiles(run, present, first, number, [&](int64_t place, int height, int from, int to, uint64_t* bits) {
-                live.add(from, to, place, height, scores, UNREAD);
-                tile<Score>(height, to - from, key + place * key_next, key_next, (const float*)queries + from * STRIP,
-                            width, (const uint64_t*)bits, scores + place * ROWS + from * STRIP, most + from * STRIP);
-            });
-
-            bool moved = false;
-            for (int v = 0; v < ROWS / LANES; v++) {
-                const int s = v / VECTORS;
-                if (live.low[s] == live.high[s]) continue;
-                const Vector before = load(high + v * LANES), now = larger(before, load(most + v * LANES));
-                const Integers silent = now < SILENT;
-                const Vector less = silent ? Vector{} : now, factor = power(before - now);
-                Vector sum = {};
-                for (float* score = scores + live.low[s] * ROWS + v * LANES;
-                     score < scores + live.high[s] * ROWS; score += ROWS) {
-                    const Vector weight = power(load(score) - less);
-                    store(score, weight);
-                    sum += weight;
-                }
-                store(total + v * LANES, load(total + v * LANES) * factor + sum);
-                store(high + v * LANES, now);
-                store(rescale + v * LANES, factor);
-                const Integers changed = factor != 1.0f;
-                for (int lane = 0; lane < LANES; lane++) moved |= changed[lane];
+    Strip strips[STRIPS];
+    int number = 0;
+    Vector odd[2] = {};
+    std::fill_n(most, ROWS, UNREAD);
+    std::fill_n(total, ROWS, 0.0f);
+    for (int64_t first = 0; first < block.rows; first += STRIP) {
+        Strip& strip = strips[number++];
+        strip = {queries + first * wide, output + first * value_wide, most + first, total + first, first,
+                 std::min<int64_t>(STRIP, block.rows - first), false};
+        if (block.level) fetch(out + first * out_next, out_next, strip.rows, value_width);
+        columns(row<T>(work.query, batch, head, block.start) + first * query_next, query_next, strip.rows, width,
+                (float)(work.scale * LOG2E), spare, strip.queries);
+        // An infinite query whose scores are all minus infinity leaves no trace in the output.
+        for (int64_t i = 0; i < wide * STRIP; i += 2 * LANES)
+            for (int n = 0; n < 2; n++) {
+                const Vector one = load(strip.queries + i + n * LANES);
+                odd[n] += one - one;
             }
+    }
 
-            const T* value = row<T>(work.value, batch, key_head, run.key + first * run.step);
-            live.each([&](int from, int strips, int64_t low, int64_t top) {
-                float* factors = rescale + from * STRIP;
-                for (int64_t i = 0; i < value_width; i += TALL)
-                    tile<Weigh>((int)std::min<int64_t>(TALL, value_width - i), strips,
-                                value + low * value_next + i, value_next,
-                                (const float*)scores + low * ROWS + from * STRIP, top - low,
-                                moved ? (const float*)factors : (const float*)nullptr,
-                                output + i * ROWS + from * STRIP);
-                // Once for every chunk.
-                if (moved) std::fill(factors, factors + strips * STRIP, 1.0f);
-            });
-        }
-
-    for (int v = 0; v < ROWS; v += LANES) {
-        const Vector sum = load(total + v);
-        const Vector share = sum == 0.0f ? Vector{} : 1.0f / sum;
-        for (int64_t i = 0; i < value_width; i++) {
-            const Vector mean = load(output + i * ROWS + v) * share;
-            store(output + i * ROWS + v, mean);
-            odd += mean - mean;
+    const int64_t key_head = head / work.share;
+    bool fetched = !ahead;
+    for (const Run& run : block.runs) {
+        const Outline& outline = *run.outline;
+        const int64_t deep = outline.high - outline.low, pieces = (deep + PIECE - 1) / PIECE;
+        const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
+        for (int64_t piece = 0; piece < pieces; piece++) {
+            const int64_t begin = outline.low + deep * piece / pieces, end = outline.low + deep * (piece + 1) / pieces;
+            const T* key = row<T>(work.key, batch, key_head, run.key + begin * run.step);
+            const T* value = row<T>(work.value, batch, key_head, run.key + begin * run.step);
+            Keys keys{near_keys, near_values, wide, value_wide};
+            // Rows that lie far apart crowd each other out of the processor's cache.
+            if (std::is_same_v<T, float> && key_next <= CLOSE && value_next <= CLOSE) {
+                keys = {(const float*)key, (const float*)value, key_next, value_next};
+            } else {
+                gather(key, key_next, end - begin, width, 1.0f, near_keys, wide, end - begin);
+                gather(value, value_next, end - begin, value_width, 1.0f, near_values, value_wide, end - begin);
+            }
+            for (int s = 0; s < number; s++) {
+                if (!fetched) fetch_ahead<T>(work, block, *ahead, batch, head, s);
+                for (const Stretch& stretch : outline.strips[s]) {
+                    const int64_t low = std::max(begin, stretch.low), high = std::min(end, stretch.high);
+                    if (low >= high) continue;
+                    const int64_t chunks = (high - low + DEPTH - 1) / DEPTH,
+                                  chunk = ((high - low + chunks - 1) / chunks + ALONE - 1) / ALONE * ALONE;
+                    for (int64_t place = low; place < high; place += chunk)
+                        strips[s].take(run, stretch, place, std::min(chunk, high - place),
+                                       {keys.key + (place - begin) * keys.key_next,
+                                        keys.value + (place - begin) * keys.value_next, keys.key_next, keys.value_next},
+                                       width, value_width, scores);
+                }
+            }
+            fetched = true;
         }
     }
-    report(work, odd);
-    turn_back(output, value_wide, rows);
-    for (int64_t r = 0; r < block.rows; r++) {
-        std::memcpy(out + r * block.step * value_width, rows + r * value_wide, sizeof(float) * value_width);
-        lse[r * block.step] = total[r] == 0 ? -std::numeric_limits<float>::infinity()
-                                            : (float)(high[r] / LOG2E + std::log((double)total[r]));
+
+    for (int s = 0; s < number; s++) {
+        Strip& strip = strips[s];
+        float known_lse[STRIP];
+        std::fill_n(known_lse, STRIP, UNREAD);
+        if (block.level) {
+            columns(out + strip.first * out_next, out_next, strip.rows, value_width, 1.0f, spare, known);
+            for (int64_t r = 0; r < strip.rows; r++) known_lse[r] = lse[(strip.first + r) * block.step];
+        }
+        odd[0] += strip.close(block.level ? known : nullptr, known_lse, value_width);
+        strip.write_lse(lse + strip.first * block.step, block.step);
+        write_rows(strip.output, strip.rows, value_width, out + strip.first * out_next, out_next, spare);
     }
+    report(work, odd[0] + odd[1]);
 }
 
 template <class T>
@@ -667,7 +931,7 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
             live.each([&](int from, int strips, int64_t low, int64_t top) {
                 for (int64_t i = 0; i < width; i += TALL)
                     tile<Weigh>((int)std::min<int64_t>(TALL, width - i), strips, key + low * key_next + i, key_next,
-                                (const float*)slopes + low * ROWS + from * STRIP, top - low, (const float*)nullptr,
+                                (const float*)slopes + low * ROWS + from * STRIP, top - low,
                                 into + i * ROWS + from * STRIP);
             });
         }
@@ -724,11 +988,22 @@ void forward(const Work& work) {
         std::fill_n(work.output + at * work.value_width, work.value_width, 0.0f);
         work.lse[at] = -std::numeric_limits<float>::infinity();
     });
-    for (const std::vector<Block>& level : made.levels)
-        share(work.batch * work.heads_read * level.size(), work.threads, [&](int64_t item, Room& room) {
-            const int64_t row = item / level.size();
-            forward_block<T>(work, level[item % level.size()], row / work.heads_read,
-                             work.heads[row % work.heads_read], room);
+    const int64_t rows = work.batch * work.heads_read, sections = made.sections.size() - 1;
+    auto run = [&](const Block& block, const Block* ahead, int64_t row, Room& room) {
+        forward_block<T>(work, block, ahead, row / work.heads_read, work.heads[row % work.heads_read], room);
+    };
+    // All levels of one stretch of one head while it lies in the processor's cache, where that keeps all threads busy.
+    if (made.levels.size() <= 1 || rows * sections >= work.threads) {
+        share(rows * sections, work.threads, [&](int64_t item, Room& room) {
+            const size_t section = item % sections, last = made.sections[section + 1];
+            for (size_t at = made.sections[section]; at < last; at++)
+                run(made.blocks[at], at + 1 < made.blocks.size() ? &made.blocks[at + 1] : nullptr, item / sections, room);
+        });
+        return;
+    }
+    for (const std::vector<const Block*>& level : made.levels)
+        share(rows * level.size(), work.threads, [&](int64_t item, Room& room) {
+            run(*level[item % level.size()], nullptr, item / level.size(), room);
         });
 }
 
@@ -744,17 +1019,26 @@ void backward(const Work& work) {
     const Schedule made = schedule(work);
     fill(work, made.unwritten,
          [&](int64_t at) { std::fill_n(work.grad_query + at * work.width, work.width, 0.0f); });
-    for (const std::vector<Block>& level : made.levels)
+    auto run = [&](const Block& block, int64_t batch, int64_t head, int64_t split, Room& room) {
+        const int64_t at = (split * work.batch + batch) * key_heads + head / work.share;
+        backward_block<T>(work, block, batch, head, work.grad_key + at * key_size, work.grad_value + at * value_size,
+                          room);
+    };
+    if (work.splits == 1) {
+        share(work.batch * groups, work.threads, [&](int64_t item, Room& room) {
+            const int64_t group = item % groups;
+            for (int64_t n = starts[group]; n < starts[group + 1]; n++)
+                for (const Block& block : made.blocks) run(block, item / groups, work.heads[n], 0, room);
+        });
+        return;
+    }
+    for (const std::vector<const Block*>& level : made.levels)
         share(work.batch * groups * work.splits, work.threads, [&](int64_t item, Room& room) {
             const int64_t split = item % work.splits, group = item / work.splits % groups,
                           batch = item / work.splits / groups;
             const size_t first = level.size() * split / work.splits, last = level.size() * (split + 1) / work.splits;
-            for (int64_t n = starts[group]; n < starts[group + 1]; n++) {
-                const int64_t at = (split * work.batch + batch) * key_heads + work.heads[n] / work.share;
-                for (size_t block = first; block < last; block++)
-                    backward_block<T>(work, level[block], batch, work.heads[n], work.grad_key + at * key_size,
-                                      work.grad_value + at * value_size, room);
-            }
+            for (int64_t n = starts[group]; n < starts[group + 1]; n++)
+                for (size_t at = first; at < last; at++) run(*level[at], batch, work.heads[n], split, room);
         });
 }
 
@@ -780,13 +1064,6 @@ INLINE Vector load_some(const float* from, int64_t there) {
     float some[LANES] = {};
     std::memcpy(some, from, sizeof(float) * there);
     return load(some);
-}
-
-INLINE Vector as_vector(const uint16_t* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
-    Halves some;
-    std::memcpy(&some, from, sizeof some);
-    return (Vector)(__builtin_convertvector(some, Integers) << 16);
 }
 
 INLINE Vector as_vector(const int8_t* from) {

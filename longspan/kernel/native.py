@@ -1,7 +1,7 @@
 """The native kernel: attention over the parts of a pattern in one pass, by a small library of our own for CPU.
 
-Blocks of queries go through all their keys with the softmax kept online, and of what a mask leaves out nothing is
-computed but what lies within 16 queries by a few keys of something that is read. The library is C++ behind three
+Blocks of queries go through all their keys with the softmax kept online, 16 queries at a time, and of what a mask leaves
+out nothing is computed but what one of 16 queries reads. The library is C++ behind three
 pointers and a table of numbers (`native.cpp`), so it depends on no version of Python or PyTorch.
 """
 
@@ -23,8 +23,10 @@ from longspan.kernel.frame import Frame, Work
 from longspan.kernel.parts import Lattice, Part
 from longspan.score import Scores
 
-# Queries in a block; in a strip, which is what is skipped or computed as one; keys in a tile; keys in a chunk.
-ROWS, STRIP, TALL, CHUNK = 64, 16, 6, 96
+# Queries in a block; in a strip, which is what is skipped or computed as one; unread keys that a strip skips at least.
+ROWS, STRIP, GAP = 64, 16, 16
+# Keys in a chunk, forward and backward, and in what lies ready for all strips of a block.
+DEPTH, CHUNK, PIECE = 144, 96, 288
 NOT_BUILT = (
     "was not built from this version's source; where there is a C++ compiler, "
     "`python -m longspan.kernel.compiler` builds it"
@@ -89,20 +91,21 @@ def plan_refusal(
 
 
 def area(part: Part) -> int:
-    """Return the pairs of a part that this kernel computes, those it masks away included."""
+    """Return the pairs of a part that this kernel computes forward, those it masks away included."""
     rows, columns = part.query.places, part.key.places
-    if part.allowed is None and not part.causal:
-        return part.area
     if part.causal:
         last = np.minimum(np.arange(STRIP, rows + STRIP, STRIP), rows)
-        held = np.diff(last, prepend=0) * np.minimum(-(-last // TALL) * TALL, columns)
-        return int(held.sum()) * part.rectangles
-    strips = np.logical_or.reduceat(part.allowed, range(0, rows, STRIP), axis=0)
-    tiles = np.logical_or.reduceat(strips, range(0, columns, TALL), axis=1)
-    held = np.outer(
-        np.diff(range(0, rows, STRIP), append=rows), np.diff(range(0, columns, TALL), append=columns)
-    )
-    return int(held[tiles].sum()) * part.rectangles
+        return int((np.diff(last, prepend=0) * np.minimum(last, columns)).sum()) * part.rectangles
+    if part.allowed is None:
+        return part.area
+    read = np.logical_or.reduceat(part.allowed, range(0, rows, STRIP), axis=0)
+    heights = np.diff(range(0, rows, STRIP), append=rows)
+    computed = 0
+    for strip, height in zip(read, heights, strict=True):
+        keys = np.flatnonzero(strip)
+        gaps = np.diff(keys) - 1
+        computed += int(height) * (len(keys) + int(gaps[gaps < GAP].sum()))
+    return computed * part.rectangles
 
 
 def workspace(heads: int, queries: int, keys: int, width: int) -> tuple[int, int]:
@@ -112,7 +115,8 @@ def workspace(heads: int, queries: int, keys: int, width: int) -> tuple[int, int
     threads.
     """
     wide = _whole(width)
-    forward, backward = (4 * ROWS * (tall * wide + deep * CHUNK + 4) for tall, deep in ((3, 1), (5, 2)))
+    forward = 4 * (2 * ROWS * (wide + 1) + STRIP * (2 * wide + DEPTH) + 2 * PIECE * wide)
+    backward = 4 * ROWS * (5 * wide + 2 * CHUNK + 3)
     rows = 4 * heads * queries
     filled = 2 * 4 * heads * keys * (wide - width)
     return forward + rows, backward + 3 * rows + filled
