@@ -101,11 +101,12 @@ PARTS = {
     ),
     "leak": Part(
         "Groups that wrap around the end",
-        "S2 as in its pseudo-code, where the first half group reads the end of the text, beside S2 without; windows in "
-        "which segments recur, so that the end can give the beginning away. `loss` is that of the last third of the "
-        "training, `leaks` the pairs that `check_causality` finds among 32 positions.",
+        "S2 as in its pseudo-code, where the first half group reads the end of the text, beside S2 without: the model "
+        "trained whole, at half of its own length, on windows that end as they began, for half a group, so that the "
+        "end can give the beginning away. `loss` is that of the last third of the training, `leaks` the pairs that "
+        "`check_causality` finds among 32 positions.",
         ("loss",),
-        ("loss", "dense", "leaks"),
+        ("loss", "leaks"),
         (Claim("wrapped", "S2", "a loss too good to be true; reported as LongLoRA's issues 15 and 90"),),
     ),
 }

@@ -21,8 +21,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import cache
 from itertools import pairwise
@@ -30,13 +30,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from page import PARTS, page, table
 from transformers import LlamaConfig, LlamaForCausalLM
 from ways import SCRATCH, Cell, cells
 
 from longspan.evaluate.evaluation import Protocol, evaluate
-from longspan.extend import extension, settings, training
+from longspan.extend import extension, settings, training, windows
 from longspan.extend.recipe import Recipe
 from longspan.extend.stretch import BUDGET, SEARCHED, WINDOWS, stretched
 from longspan.extend.training import train
@@ -177,9 +178,10 @@ def _carried_out(cell: Cell, report: dict[str, Any], options: argparse.Namespace
         folder = Path(place) / "model"
         if cell.kind == "scratch":
             model, tokenizer = _trained(recipe, folder, progress)
+        elif recipe.repeats:
+            model, tokenizer = _closed(cell, folder, progress)
         else:
-            with _leaking() if cell.kind == "leaking" else mock.patch.dict({}):
-                extension.extend(recipe, folder, progress=lambda name, done: progress)
+            extension.extend(recipe, folder, progress=lambda name, done: progress)
             recipe = settings.load(folder)
             model, tokenizer = load_model(folder)
     steps = [after - before for before, after in pairwise(clock)]
@@ -189,7 +191,7 @@ def _carried_out(cell: Cell, report: dict[str, Any], options: argparse.Namespace
         "step_seconds": statistics.median(steps) if steps else None,
     }
     if recipe.repeats:
-        found["leaks"] = _leaks(model, cell.kind)
+        return found | {"leaks": _leaks(model, cell.kind)}
     return found | _measured(model, tokenizer, recipe, options, dense=cell.kind != "scratch")
 
 
@@ -212,16 +214,25 @@ def _trained(recipe: Recipe, folder: Path, progress: Any) -> tuple[Any, Any]:
     """Return a small model trained from random weights, by the training that extends models."""
     _, tokenizer = load_model(recipe.model)
     torch.manual_seed(recipe.seed)
-    model = _untrained(len(tokenizer))
+    return _taught(_untrained(len(tokenizer)), tokenizer, recipe, folder, progress), tokenizer
+
+
+def _closed(cell: Cell, folder: Path, progress: Any) -> tuple[Any, Any]:
+    """Return the model trained on windows that end as they begin, its pattern made causal or leaking."""
+    model, tokenizer = load_model(cell.recipe.model)
+    with ExitStack() as changed:
+        changed.enter_context(mock.patch.object(windows, "repeated_segments", _closing))
+        if cell.kind == "leaking":
+            changed.enter_context(mock.patch.object(training, "set_pattern", _set_leaking))
+        return _taught(model, tokenizer, cell.recipe, folder, progress), tokenizer
+
+
+def _taught(model: Any, tokenizer: Any, recipe: Recipe, folder: Path, progress: Any) -> Any:
     corpus = encode(split(documents(recipe.text))[0], tokenizer)
-    train(
-        model,
-        TrainingWindows(corpus, tokenizer, recipe, heads=SCRATCH["heads"]),
-        recipe,
-        folder=folder,
-        progress=progress,
-    )
-    return model.eval(), tokenizer
+    heads = model.config.num_attention_heads
+    given = TrainingWindows(corpus, tokenizer, recipe, heads=heads)
+    train(model, given, recipe, folder=folder, progress=progress)
+    return model.eval()
 
 
 def _measured(
@@ -269,10 +280,11 @@ def _set_leaking(model: Any, pattern: Any) -> None:
         module.longspan = replace(module.longspan, pattern=pattern)
 
 
-@contextmanager
-def _leaking() -> Iterator[None]:
-    with mock.patch.object(training, "set_pattern", _set_leaking):
-        yield
+def _closing(filler: Corpus, *, length: int, rng: np.random.Generator) -> np.ndarray:
+    """Return text that ends as it began, for as long as half a group of a quarter: only a reader of the future can
+    tell from the end what the beginning will be."""
+    text = filler.window(rng, length - length // 8)
+    return np.concatenate([text, text[: length // 8]]).astype(np.int64)
 
 
 @cache

@@ -34,7 +34,8 @@ class Cell:
         name: of the way.
         recipe: by which it is trained.
         kind: "extended"; "alone", positions stretched and nothing trained; "scratch", a small model trained from random
-            weights; "leaking", extended by a pattern that is not made causal.
+            weights; "closing", the model itself trained on windows that end as they begin; "leaking", the same by a
+            pattern that is not made causal.
     """
 
     name: str
@@ -90,12 +91,25 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
     if part == "skipping":
         skips = replace(plain, window=context, positions="skipping", batch=length // context)
         return [Cell("full length", plain), Cell("PoSE", skips)]
-    # Segments that recur are what a leak can give away.
-    repeating = replace(shorter, repeats=1.0)
+    # Windows end as they begin, which a leak can give away: what is trained on them must be able to learn it.
+    closing = Recipe(
+        model=options.model,
+        text=options.text,
+        length=context // 2,
+        method="full",
+        stages=1,
+        positions="counted",
+        batch=8,
+        repeats=1.0,
+        passkeys=0.0,
+        rate=1e-3,
+        steps=4 * options.steps,
+        seed=seed,
+    )
     rolled = "S2({1/4}, wrap='roll', length={1/1})"
     return [
-        Cell("S2", replace(repeating, pattern=PATTERNS["S2"])),
-        Cell("wrapped", replace(repeating, pattern=rolled), "leaking"),
+        Cell("S2", replace(closing, pattern=PATTERNS["S2"]), "closing"),
+        Cell("wrapped", replace(closing, pattern=rolled), "leaking"),
     ]
 
 
