@@ -103,7 +103,7 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
         repeats=1.0,
         passkeys=0.0,
         rate=1e-3,
-        steps=4 * options.steps,
+        steps=2 * options.steps,
         seed=seed,
     )
     rolled = "S2({1/4}, wrap='roll', length={1/1})"
