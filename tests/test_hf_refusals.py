@@ -254,14 +254,6 @@ def test_attention_in_chunks():
     )
 
 
-def test_a_cache_of_fixed_size(llama):
-    call = {"max_new_tokens": 3, "do_sample": False, "cache_implementation": "static"}
-    assert refused(ShapeError, llama.generate, tokens(1, 4), **call) == batch_refusal(
-        "its cache has a fixed size: room for 6 keys, of which 4 are there",
-        fix=f"a cache that grows, {GROWING}",
-    )
-
-
 def test_a_cache_that_drops_keys_of_a_model_without_windows():
     model = with_pattern(LlamaConfig(**FULL["llama"].to_dict() | {"sliding_window": 4}))
     cache = model(tokens(1, 9)).past_key_values

@@ -58,6 +58,10 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
     `torch.compile` with `fullgraph=True` takes a model with patterns on CPU as it takes one without, padded, packed and
     with a cache that grows. Soft-capped scores, a `PatternCache` and CUDA break the graph at every layer.
 
+    `generate` reads through any cache of transformers that holds keys as they are, growing or of a fixed size
+    (`cache_implementation="static"`); of the latter what is filled is read. To hold no more than can still be read, give
+    it a `PatternCache`.
+
     Patterns stay with the model's attention modules: they survive `copy.deepcopy`, wrapping by peft and
     switching the implementation to and fro, and are not saved in checkpoints.
 
@@ -69,8 +73,8 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
         PatternError: not a pattern, or not one per attention layer.
         InputError: the model is not a decoder, or does not look its attention up in transformers' registry.
         PlanError, ShapeError: later, by the model's forward, for what a pattern cannot stand for: biases of
-            scores, attention dropout, 4-D masks, caches of fixed size; soft-capped scores (Gemma 2) on texts
-            whose dense scores do not fit into memory.
+            scores, attention dropout, 4-D masks; soft-capped scores (Gemma 2) on texts whose dense scores do not
+            fit into memory.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -158,6 +162,7 @@ def _attend(
     """Attend with query `[batch, heads, length, width]`, and the arguments of transformers' attention functions."""
     if isinstance(attention_mask, Outline):
         attention_mask = settled(attention_mask, query.shape[0], query.shape[2])
+    attention_mask = getattr(attention_mask, NAME, attention_mask)
     # The mark of a PatternCache, whose keys come without those that it holds.
     cached = getattr(key, NAME, None)
     if cached is not None:
@@ -170,6 +175,8 @@ def _attend(
         pattern = _within(pattern, frozenset(windows))
     if cached is not None:
         cached.check(module, pattern, batch, key.shape[2])
+    if batch.spare:
+        key, value = (side[:, :, : batch.keys] for side in (key, value))
     # Under autocast, rotary positions leave query and key in float32 while the value is already lower.
     device = query.device.type
     lowered = torch.is_autocast_enabled(device)
@@ -319,7 +326,7 @@ def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cac
             fix="a mask [batch, tokens] for padding; what else shall not be read belongs into the pattern",
         )
     keys = key.shape[2] + (cached.columns if cached is not None else 0)
-    if given.keys != keys:
+    if given.keys + given.spare != keys:
         raise _short(module, given.keys, keys)
     several = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
     packed = several and bool((positions.diff() != 1).any())

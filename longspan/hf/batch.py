@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -29,9 +29,10 @@ class Batch:
     Attributes:
         segments: the sequences in the batch.
         shape: rows and query columns.
-        keys: columns of the key tensor that they were counted in.
+        keys: columns of the key tensor that they were counted in, the first ones.
         window: the window that the model itself asks for on this kind of layer, in tokens, or None.
         masked: whether a mask told where tokens are; positions that restart mean documents only without one.
+        spare: columns after these that a cache of fixed size has room for, and hold nothing yet.
     """
 
     segments: tuple[Segment, ...]
@@ -39,6 +40,7 @@ class Batch:
     keys: int
     window: int | None
     masked: bool
+    spare: int = field(default=0, kw_only=True)
 
     def attend(
         self,
@@ -88,7 +90,7 @@ def describe(
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
     **options: Any,
-) -> Batch | Outline:
+) -> Batch | Outline | Tensor:
     """Return the sequences of a batch; transformers calls this once per forward and kind of layer.
 
     The signature is that of transformers' mask functions. Whatever a pattern cannot stand for is refused.
@@ -103,10 +105,14 @@ def describe(
         local_size: the window or chunk that the model asks for on these layers.
         options: everything else that a mask function is told.
 
+    Returns:
+        A `Batch`, or where a graph is traced an `Outline`. Outside of graphs the batch is marked on an empty 4-D tensor:
+        for caches of fixed size `generate` asks before the model does, and the model passes on what looks like a mask.
+
     Raises:
         ShapeError: a mask that is not 2-D or does not cover the tokens, one that is not causal or that the model
-            changes by a rule of its own, attention in chunks, a cache of fixed size or one that dropped keys
-            that the model still reads.
+            changes by a rule of its own, attention in chunks, more tokens than a cache of fixed size has room for, or
+            a cache that dropped keys that the model still reads.
     """
     end = int(q_offset) + q_length
     if "allow_is_bidirectional_skip" in options:
@@ -120,9 +126,11 @@ def describe(
             fix="a model with full attention or a sliding window",
         )
     # Other devices have no such operation, and no kernel of it caps scores.
-    on_cpu = torch.device(options.get("device", "cpu")).type == "cpu"
+    device = torch.device(options.get("device", "cpu"))
+    on_cpu = device.type == "cpu"
     capped = getattr(config, "attn_logit_softcapping", None) is not None
-    tracing = torch.compiler.is_compiling() and on_cpu and not capped and not kv_offset and _traceable()
+    spare = kv_offset + kv_length - end
+    tracing = torch.compiler.is_compiling() and on_cpu and not (capped or kv_offset or spare) and _traceable()
     shared = None if tracing else SHARED.get()
     if shared is not None:
         return replace(shared, window=local_size)
@@ -132,12 +140,13 @@ def describe(
             f"the mask has shape {list(attention_mask.shape)}, and there are {batch_size} rows of {end} tokens",
             fix="a mask [batch, tokens] that covers the tokens in the cache and the new ones",
         )
-    if kv_offset + kv_length != end:
+    if spare < 0:
         raise refusal(
             config,
-            f"its cache has a fixed size: room for {kv_offset + kv_length} keys, of which {end} are there",
-            fix="a cache that grows, past_key_values=DynamicCache()",
+            f"its cache has room for {kv_offset + kv_length} keys, and there are {end} tokens",
+            fix="a larger cache, or one that grows, past_key_values=DynamicCache()",
         )
+    kv_length -= spare
     if kv_offset and local_size is None:
         raise refusal(
             config,
@@ -155,7 +164,15 @@ def describe(
         segments = unpacked(_continues(config, mask_function, attention_mask, batch_size, q_length))
     else:
         segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
-    return Batch(segments, (batch_size, q_length), kv_length, local_size, masked=attention_mask is not None)
+    masked = attention_mask is not None
+    batch = Batch(segments, (batch_size, q_length), kv_length, local_size, masked, spare=spare)
+    return batch if torch.compiler.is_compiling() else _marked(batch, device)
+
+
+def _marked(batch: Batch, device: torch.device) -> Tensor:
+    mask = torch.empty((batch.shape[0], 1, batch.shape[1], 0), dtype=torch.bool, device=device)
+    mask.longspan = batch
+    return mask
 
 
 def settled(outline: Outline, rows: int, length: int) -> Batch:
