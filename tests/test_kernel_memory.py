@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,17 +13,25 @@ from torch.utils._pytree import tree_leaves
 from longspan import attend_with_lse
 from longspan import plan as planned
 from longspan.kernel import native, plan, sdpa
+from longspan.kernel.calls import HeadGroup, calls
+from longspan.kernel.parts import parts
 from longspan.pattern import (
     S2,
     SCCA,
     SDA,
+    BigBird,
     Causal,
+    Dilated,
+    Fixed,
     Longformer,
     LongMixed,
     LongNet,
+    Neighborhood,
     Pattern,
+    Sink,
     SlidingWindow,
     Streaming,
+    Strided,
 )
 
 LENGTH, HEADS, WIDTH = 4096, 4, 8
@@ -67,30 +76,77 @@ def test_the_reference_makes_the_square():
     assert largest.bytes >= 512 * 512 * 4
 
 
-@pytest.mark.parametrize("workspace", [1, 10_000, 1_000_000])
-def test_results_do_not_follow_the_workspace(workspace: int, monkeypatch: pytest.MonkeyPatch):
-    side = [torch.randn(2, HEADS, 300, WIDTH, dtype=torch.float64) for _ in range(3)]
-    truth = attend_with_lse(*side, LongMixed(32), kernel="sdpa")
+@pytest.mark.parametrize("workspace", [4_000, 20_000, 1_000_000])
+@pytest.mark.parametrize("pattern", [LongMixed(32), Causal() + Dilated(3).T, BigBird(16)], ids=str)
+def test_results_do_not_follow_the_workspace(
+    pattern: Pattern, workspace: int, monkeypatch: pytest.MonkeyPatch
+):
+    given = [torch.randn(1, heads, 200, WIDTH, dtype=torch.float64) for heads in (HEADS, 2, 2)]
+
+    def results() -> list[torch.Tensor]:
+        leaves = [side.detach().requires_grad_() for side in given]
+        output, lse = attend_with_lse(*leaves, pattern, kernel="sdpa")
+        (output.square().sum() + lse.square().sum()).backward()
+        return [output, lse, *(leaf.grad for leaf in leaves)]
+
+    truth = results()
     monkeypatch.setattr(sdpa, "WORKSPACE", workspace)
-    for got, right in zip(attend_with_lse(*side, LongMixed(32), kernel="sdpa"), truth, strict=True):
-        torch.testing.assert_close(got, right, rtol=0, atol=1e-12)
+    for got, right in zip(results(), truth, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_large_is_cut_into_what_fits():
+    """A triangle of all tokens and a few keys of all of them."""
+    query = key = torch.zeros(()).expand(1, 1, 1 << 20, 64)
+    whole = [part for pattern in (Causal(), Sink(4)) for part in parts(pattern, *[range(1 << 20)] * 2)]
+    needed = partial(sdpa.backward_numbers, width=64)
+    pairs = 0
+    for call in calls(
+        query,
+        key,
+        [HeadGroup(range(1), tuple(whole))],
+        needed=needed,
+        alone=lambda part: 0,
+        limit=sdpa.WORKSPACE,
+    ):
+        some = call.slice
+        assert needed(some.query, some.key) * len(call.inner) * 4 <= sdpa.WORKSPACE
+        rows = some.query.places
+        pairs += (rows * (rows + 1) // 2 if some.causal else rows * some.key.places) * len(call.inner)
+    assert pairs == sum(part.pairs for part in whole)
 
 
 LINEAR = [
     SlidingWindow(512),
+    SlidingWindow(512, causal=False),
     S2(2_048),
     SCCA(1_024),
+    SCCA(1_024, flow=8),
     SDA(2_048),
     LongMixed(1_024),
+    LongMixed(1_024, dilation=2_048),
     LongNet(),
+    LongNet(causal=False),
     Streaming(508),
     Longformer(256, global_tokens=16),
+    Longformer(256, global_tokens=16, causal=False),
+    BigBird(),
+    BigBird(length=1 << 20, causal=False),
+    Neighborhood(256),
+    Strided(1_024),
+    Fixed(1_024, summary=8),
+    Causal(),
 ]
 
 
+@pytest.mark.parametrize("kernel", ["native", "sdpa"])
 @pytest.mark.parametrize("pattern", LINEAR, ids=str)
-def test_a_million_tokens_take_little_memory_beside_their_own(pattern: Pattern):
-    if native.MISSING:
-        pytest.skip(f"native {native.MISSING}")
-    found = planned(pattern, length=1_048_576, heads=8, kernel="native")
+def test_a_million_tokens_take_little_memory_beside_their_own(
+    pattern: Pattern, kernel: str, monkeypatch: pytest.MonkeyPatch
+):
+    # Nothing is run, so nothing need be built.
+    monkeypatch.setattr(native, "MISSING", "")
+    plan._plan.cache_clear()
+    found = planned(pattern, length=1 << 20, heads=8, kernel=kernel)
+    plan._plan.cache_clear()
     assert 0 < max(found.workspace) < 256 * 10**6

@@ -31,29 +31,6 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     plan_module._plan.cache_clear()
 
 
-def test_the_plan_says_what_it_computes(plans: pytest.MonkeyPatch):
-    plans.setattr(native, "MISSING", "")
-    assert (
-        str(plan(SlidingWindow(512), length=8192, heads=8))
-        == """\
-Plan
-  pattern    SlidingWindow(512)
-  heads      8, width 64, float32
-  queries    0 to 8,191 reading keys 0 to 8,191
-  pairs      32,507,904, 6.06% of all
-  most keys  512 for one query
-  blocks     1,488 full, 992 partial, 30,288 empty
-  layout     contiguous
-  computed   33,460,224, 1.03 times the pairs
-  flops      8,322,023,424 forward
-  workspace  460.3 kB forward, 918.3 kB backward at most
-  kernel     native
-  heads 0 to 7
-    1 x causal 512 queries by 512 keys
-    60 x masked 128 queries by 640 keys, 80% of it read"""
-    )
-
-
 def test_where_it_was_not_built_the_plan_says_so(plans: pytest.MonkeyPatch):
     plans.setattr(native, "MISSING", native.NOT_BUILT)
     assert (

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import lengths, patterns, relations, spans
 from torch.profiler import ProfilerActivity, profile
 
-from longspan import attend, plan
+from longspan import attend, attend_with_lse, plan
 from longspan.derive.cost import cost
 from longspan.derive.mask import counts
 from longspan.kernel import native, reference, sdpa, summary
@@ -22,6 +22,7 @@ from longspan.kernel.parts import parts
 from longspan.pattern import (
     S2,
     SDA,
+    BigBird,
     Causal,
     Dilated,
     LongMixed,
@@ -99,20 +100,38 @@ def allocated(work: Callable[[], Any]) -> tuple[int, Any]:
     return max(np.cumsum(moves), default=0), result
 
 
+@pytest.mark.parametrize("limit", [sdpa.WORKSPACE, 1 << 17])
 @pytest.mark.parametrize(
-    "pattern", [SlidingWindow(200), Streaming(200), LongNet((64, 256), (1, 4)), LongMixed(256)], ids=str
+    "pattern",
+    [
+        Causal(),
+        SlidingWindow(200),
+        Streaming(200),
+        LongNet((64, 256), (1, 4)),
+        LongMixed(256),
+        S2(256),
+        BigBird(32),
+    ],
+    ids=str,
 )
-def test_the_workspace_of_a_plan_holds_what_the_kernel_takes(pattern: Pattern):
+def test_the_workspace_of_a_plan_holds_what_the_kernel_takes(
+    pattern: Pattern, limit: int, monkeypatch: pytest.MonkeyPatch
+):
+    plan_module._plan.cache_clear()
+    monkeypatch.setattr(sdpa, "WORKSPACE", limit)
     sides = [torch.randn(1, 4, 2048, 32, requires_grad=True) for _ in range(3)]
     forward, backward = plan(pattern, length=2048, heads=4, width=32, kernel="sdpa").workspace
-    taken, output = allocated(lambda: attend(*sides, pattern, kernel="sdpa"))
-    ones = torch.ones_like(output)
-    taken_back, _ = allocated(lambda: output.backward(ones))
+    plan_module._plan.cache_clear()
+    taken, (output, lse) = allocated(lambda: attend_with_lse(*sides, pattern, kernel="sdpa"))
+    ones = [torch.ones_like(output), torch.ones_like(lse)]
+    taken_back, _ = allocated(lambda: torch.autograd.backward(output, ones[0], retain_graph=True))
+    with_lse, _ = allocated(lambda: torch.autograd.grad([output, lse], sides, ones))
     side = sides[0].nbytes
     # What PyTorch's kernel keeps to itself: scores of 256 queries and 512 keys on every thread.
     own = 4 * 256 * (512 + 2 + 32) * torch.get_num_threads()
-    assert 0.1 * forward < taken - side < forward + own
+    assert 0.1 * forward < taken - side - lse.nbytes < forward + own
     assert 0.1 * backward < taken_back - 3 * side < backward + 2 * own
+    assert with_lse - 3 * side < backward + 6 * limit + 2 * own
 
 
 @given(patterns)

@@ -42,14 +42,14 @@ Plan
   layout     contiguous
   computed   1,001,000, 1.00 times the pairs
   flops      256,256,000 forward
-  workspace  1.1 MB forward, 6.2 MB backward at most
+  workspace  1.0 MB forward, 6.2 MB backward at most
   kernel     sdpa
   heads 0 and 1
     1 x causal 1,000 queries by 1,000 keys""",
     ),
     (
         SlidingWindow(512),
-        {"length": 8192, "heads": 8, "kernel": "sdpa"},
+        {"length": 8192, "heads": 8},
         """\
 Plan
   pattern    SlidingWindow(512)
@@ -59,10 +59,10 @@ Plan
   most keys  512 for one query
   blocks     1,488 full, 992 partial, 30,288 empty
   layout     contiguous
-  computed   40,372,224, 1.24 times the pairs
+  computed   33,460,224, 1.03 times the pairs
   flops      8,322,023,424 forward
-  workspace  33.5 MB forward, 136.2 MB backward at most
-  kernel     sdpa
+  workspace  460.3 kB forward, 918.3 kB backward at most
+  kernel     native
   heads 0 to 7
     1 x causal 512 queries by 512 keys
     60 x masked 128 queries by 640 keys, 80% of it read""",
@@ -81,7 +81,7 @@ Plan
   layout     every 4; contiguous blocks would compute 11,542,528
   computed   2,631,680, 1.00 times the pairs
   flops      673,710,080 forward
-  workspace  2.4 MB forward, 12.8 MB backward at most
+  workspace  2.2 MB forward, 12.8 MB backward at most
   kernel     sdpa
   head 0
     16 x causal 256 queries by 256 keys
@@ -155,7 +155,7 @@ Plan
   layout     contiguous
   computed   6,557,184, 1.00 times the pairs
   flops      1,678,639,104 forward
-  workspace  2.4 MB forward, 12.8 MB backward at most
+  workspace  2.2 MB forward, 12.8 MB backward at most
   kernel     sdpa
   head 0
     8 x causal 512 queries by 512 keys
@@ -205,7 +205,7 @@ Plan
   layout     every 4; contiguous blocks would compute up to 2,202,909,230,848
   computed   552,977,564,672, 1.00 times the pairs
   flops      141,562,256,556,032 forward
-  workspace  268.4 MB forward, 939.5 MB backward at most
+  workspace  83.9 MB forward, 167.8 MB backward at most
   kernel     sdpa
   refused    reference: would need 35184.4 GB for the scores, limit is 8 GB
   heads 0 and 1
@@ -239,7 +239,7 @@ Plan
   layout     contiguous
   computed   5,400,806,480, 1.26 times the pairs
   flops      1,099,243,716,608 forward
-  workspace  236.3 MB forward, 269.9 MB backward at most
+  workspace  93.7 MB forward, 169.2 MB backward at most
   kernel     sdpa
   refused    reference: would need 35184.4 GB for the scores, limit is 8 GB
   heads 0 to 7
@@ -308,7 +308,7 @@ Plan
   layout     contiguous
   computed   2,096, 1.02 times the pairs
   flops      524,288 forward
-  workspace  9.4 kB forward, 4.3 MB backward at most
+  workspace  9.3 kB forward, 4.3 MB backward at most
   kernel     sdpa
   refused    native: is taken from 16 queries on, got 1
   heads 0 to 3
@@ -329,7 +329,7 @@ Plan
   layout     contiguous
   computed   1,000, 1.05 times the pairs
   flops      244,480 forward
-  workspace  17.4 kB forward, 227.4 kB backward at most
+  workspace  17.3 kB forward, 227.4 kB backward at most
   kernel     sdpa
   refused    native: is taken from 16 queries on, got 10
   head 0
@@ -351,7 +351,7 @@ Plan
   layout     contiguous
   computed   1, 1.00 times the pairs
   flops      256 forward
-  workspace  528 bytes forward, 3.1 kB backward at most
+  workspace  520 bytes forward, 3.1 kB backward at most
   kernel     sdpa
   refused    native: is taken from 16 queries on, got 1
   head 0
@@ -371,7 +371,7 @@ Plan
   layout     contiguous
   computed   0, 0.00 times the pairs
   flops      0 forward
-  workspace  2.0 kB forward, 2.0 kB backward at most
+  workspace  1.0 kB forward, 2.0 kB backward at most
   kernel     sdpa
   heads 0 and 1
     read nothing""",

@@ -9,7 +9,7 @@ nearest key, is one number a row: it moves the row's log-sum-exp in the part, an
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 
 import torch
@@ -81,7 +81,8 @@ def bias(call: Call, dtype: torch.dtype, slopes: Slopes) -> Bias:
     """
     if slopes is not None:
         own = tuple(slopes[head] for head in call.heads)
-        return _shelf.take(call.part, torch.promote_types(dtype, torch.float32), own, call.ahead)
+        whole = _shelf.take(call.part, torch.promote_types(dtype, torch.float32), own, call.ahead)
+        return whole if whole.added is None else replace(whole, added=whole.added[..., call.columns])
     return _NOTHING if call.part.allowed is None else _shelf.take(call.part, dtype, None, False)
 
 
@@ -104,7 +105,7 @@ def shift(
     Positions are those of the queries, and of the first key and how far apart keys are.
     """
     queries, (first, apart) = positions
-    query, key = call.part.query, call.part.key
+    query, key = call.slice.query, call.part.key
     rectangle = torch.arange(call.inner.start, call.inner.stop)[:, None]
     place = query.start + call.outer * query.outer + rectangle * query.inner
     q = queries.start + queries.step * (place + query.step * torch.arange(query.places))

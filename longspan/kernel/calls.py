@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,10 +28,27 @@ class HeadGroup:
 
 
 @dataclass(frozen=True)
+class Slice:
+    """What one call takes of every rectangle of a part: all of it, or some queries and keys of one without a mask.
+
+    Attributes:
+        query, key: where the rectangles lie.
+        causal: the rectangle is the lower triangle of a square.
+        fresh: nothing before this one touches its queries.
+    """
+
+    query: Lattice
+    key: Lattice
+    causal: bool
+    fresh: bool
+
+
+@dataclass(frozen=True)
 class Call:
     """Some rectangles of one part, on some heads of one row of the batch: what one call of the kernel takes."""
 
     part: Part
+    slice: Slice
     ahead: bool
     row: int
     heads: range
@@ -39,19 +56,25 @@ class Call:
     outer: int
     inner: range
 
+    @property
+    def columns(self) -> slice:
+        """Which keys of a rectangle of the part are looked up."""
+        first = (self.slice.key.start - self.part.key.start) // self.part.key.step
+        return slice(first, first + self.slice.key.places)
+
     def read(self, tensor: Tensor) -> Tensor:
         """Return the view `[heads, rectangles, places, ...]` of a tensor on the query side."""
-        return self._view(tensor, self.part.query, self.heads, self.inner)
+        return self._view(tensor, self.slice.query, self.heads, self.inner)
 
     def look_up(self, tensor: Tensor) -> Tensor:
         """Return the view `[key heads, rectangles, places, width]` of a tensor on the key side, or what is gathered."""
         if self.part.key.at is not None:
             return self._rows(tensor)[:, self._gathered()].unflatten(1, (len(self.inner), -1))
-        return self._view(tensor, self.part.key, self.key_heads, self.inner)
+        return self._view(tensor, self.slice.key, self.key_heads, self.inner)
 
     def give_back(self, whole: Tensor, part: Tensor) -> None:
         """Add a gradient of the view `look_up` gave to the whole, where rectangles may overlap."""
-        lattice = self.part.key
+        lattice = self.slice.key
         if lattice.at is not None:
             self._rows(whole).index_add_(1, self._gathered(), part.flatten(1, 2))
             return
@@ -72,7 +95,7 @@ class Call:
 
     def _gathered(self) -> Tensor:
         """Return the index of every key of every rectangle, one rectangle after the other."""
-        lattice = self.part.key
+        lattice = self.slice.key
         begins = lattice.begins(self.part.shape)[self.outer, self.inner.start : self.inner.stop]
         return torch.from_numpy((begins[:, None] + np.arange(lattice.places) * lattice.step).ravel())
 
@@ -111,16 +134,16 @@ def calls(
     key: Tensor,
     groups: Sequence[HeadGroup],
     *,
-    places: Callable[[Part], int],
+    needed: Callable[[Lattice, Lattice], int],
     alone: Callable[[Part], int],
     limit: int,
 ) -> Iterator[Call]:
-    """Cut the work into calls whose temporary results take at most `limit` bytes, or are of one rectangle.
+    """Cut the work into calls whose temporary results take at most `limit` bytes, or are of one rectangle with a mask.
 
     Args:
         query, key: tensors `[batch, heads, length, width]`.
         groups: who reads what.
-        places: numbers that a rectangle of one head needs for its results.
+        needed: numbers that the queries and keys of one rectangle on one head need for their results.
         alone: numbers that one head needs however many rectangles there are.
         limit: bytes.
     """
@@ -130,23 +153,63 @@ def calls(
         for group in groups:
             for heads, key_heads in paired(group.heads, share):
                 for part in group.parts:
-                    copied = 0 if part.key.at is None else 2 * part.key.places * key.shape[3]
-                    budget = max(1, numbers // (places(part) + copied))
-                    most = max(1, min(len(heads), numbers // max(1, alone(part))))
-                    inner = max(1, min(budget // most, part.shape[1]))
-                    abreast = max(1, min(budget // inner, most))
-                    for outer in range(part.shape[0]):
-                        for first in range(0, part.shape[1], inner):
-                            for head in range(0, len(heads), abreast):
-                                yield Call(
-                                    part,
-                                    group.ahead,
-                                    row,
-                                    heads[head : head + abreast],
-                                    key_heads[head : head + abreast],
-                                    outer,
-                                    range(part.shape[1])[first : first + inner],
-                                )
+                    for some in slices(part, needed, numbers):
+                        budget = max(1, numbers // needed(some.query, some.key))
+                        most = max(1, min(len(heads), numbers // max(1, alone(part))))
+                        inner = max(1, min(budget // most, part.shape[1]))
+                        abreast = max(1, min(budget // inner, most))
+                        for outer in range(part.shape[0]):
+                            for first in range(0, part.shape[1], inner):
+                                for head in range(0, len(heads), abreast):
+                                    yield Call(
+                                        part,
+                                        some,
+                                        group.ahead,
+                                        row,
+                                        heads[head : head + abreast],
+                                        key_heads[head : head + abreast],
+                                        outer,
+                                        range(part.shape[1])[first : first + inner],
+                                    )
+
+
+def slices(part: Part, needed: Callable[[Lattice, Lattice], int], numbers: int) -> Iterator[Slice]:
+    """Cut the rectangles of a part so that each needs no more than some numbers; those with a mask are left whole.
+
+    Example:
+        >>> from longspan.kernel.parts import parts
+        >>> from longspan.pattern import Causal
+        >>> [whole] = parts(Causal(), range(1000), range(1000))
+        >>> for some in slices(whole, lambda query, key: query.places * key.places, 260_000):
+        ...     print(some.query.start, some.query.places, some.key.start, some.key.places, some.causal)
+        0 500 0 500 True
+        500 500 0 500 False
+        500 500 500 500 True
+    """
+    query, key = part.query, part.key
+    while part.allowed is None and needed(query, key) > numbers and max(query.places, key.places) > 1:
+        fewer, less = (replace(side, places=-(-side.places // 2)) for side in (query, key))
+        if part.causal:
+            query, key = fewer, less
+        elif needed(fewer, key) <= needed(query, less):
+            query = fewer
+        else:
+            key = less
+    for top in range(0, part.query.places, query.places):
+        for left in range(0, part.key.places, key.places):
+            if left > top and part.causal:
+                break
+            yield Slice(
+                _cut(part.query, top, query.places),
+                _cut(part.key, left, key.places),
+                part.causal and left == top,
+                part.fresh and left == 0,
+            )
+
+
+def _cut(side: Lattice, first: int, places: int) -> Lattice:
+    """Return some places of every rectangle."""
+    return replace(side, start=side.start + first * side.step, places=min(places, side.places - first))
 
 
 def paired(heads: range, share: int) -> Iterator[tuple[range, range]]:

@@ -12,12 +12,11 @@ from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, elided, message
 from longspan.kernel import family, flash, flex, native, sdpa
 from longspan.kernel.bands import BandGroup, band_groups
-from longspan.kernel.bias import KEPT
 from longspan.kernel.calls import HeadGroup
 from longspan.kernel.numbers import listed, named
 from longspan.kernel.parts import Part, parts
 from longspan.kernel.rates import dearer
-from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys, workspace
+from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys
 from longspan.pattern import Pattern
 from longspan.size import size
 
@@ -113,20 +112,9 @@ class Plan:
             return 4 * scores, 8 * scores
         if self.kernel == "native":
             return native.workspace(self.heads, len(self.queries), len(self.keys), self.width)
-        each = [
-            workspace(
-                group.parts,
-                heads=len(group.heads),
-                width=self.width,
-                size=size,
-                limit=sdpa.WORKSPACE,
-                kept=KEPT,
-            )
-            for group in self.groups
-        ]
-        # Log-sum-exps and their gradients, in a few steps.
-        rows = 4 * self.heads * len(self.queries) * size
-        return rows + max(forward for forward, _ in each), rows + max(backward for _, backward in each)
+        return sdpa.workspace(
+            self.groups, self.heads, len(self.queries), len(self.keys), self.width, self.dtype
+        )
 
     @cached_property
     def layout(self) -> str:
@@ -248,7 +236,7 @@ def plan(
           layout     contiguous
           computed   40,372,224, 1.24 times the pairs
           flops      8,322,023,424 forward
-          workspace  67.0 MB forward, 138.3 MB backward at most
+          workspace  19.8 MB forward, 37.6 MB backward at most
           kernel     sdpa
           refused    native: takes float32 or bfloat16, got float64
           heads 0 to 7

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Numbers of an output that are looked at in one.
+ABREAST = 2**21
+
 
 def alike(*sides: Tensor) -> tuple[Tensor, ...]:
     """Return tensors of one width, the widest, whose rows lie in one piece: flash attention takes no others."""
@@ -40,9 +43,13 @@ def with_lse_gradient(sides: tuple[Tensor, ...], grad_lse: Tensor, lanes: int) -
 
 
 def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp with learned sinks: keys of value 0, which take weight and add nothing."""
+    """Return output and log-sum-exp with learned sinks: keys of value 0, which take weight and add nothing.
+
+    The output is written over where its numbers are as wide as those of the log-sum-exp.
+    """
     sink = sinks.detach().to(lse.dtype)[:, None]
-    output = output * torch.sigmoid(lse - sink).masked_fill(lse.isneginf(), 0.0).unsqueeze(-1)
+    share = torch.sigmoid(lse - sink).masked_fill_(lse.isneginf(), 0.0).unsqueeze(-1)
+    output = output.mul_(share) if output.dtype == share.dtype else output * share
     return output, torch.logaddexp(lse, sink)
 
 
@@ -50,6 +57,12 @@ def sinks_gradient(
     grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, sinks: Tensor
 ) -> Tensor:
     """Return the gradient of the logits of sinks; `output` and `lse` are those with sinks."""
-    share = torch.exp(sinks.to(lse.dtype)[:, None] - lse).masked_fill(lse.isneginf(), 0.0)
-    along = (grad_output.to(lse.dtype) * output.to(lse.dtype)).sum(dim=-1)
-    return (share * (grad_lse - along)).sum(dim=(0, 2)).to(sinks.dtype)
+    sink = sinks.to(lse.dtype)[:, None]
+    total = torch.zeros_like(sink[:, 0])
+    number = max(1, ABREAST * output.shape[2] // max(1, output.numel()))
+    sides = (side.split(number, dim=2) for side in (grad_output, grad_lse, output, lse))
+    for grad, into, out, own in zip(*sides, strict=True):
+        share = torch.exp(sink - own).masked_fill(own.isneginf(), 0.0)
+        along = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(dim=-1)
+        total += (share * (into - along)).sum(dim=(0, 2))
+    return total.to(sinks.dtype)

@@ -6,24 +6,26 @@ output and log-sum-exp, which makes its gradients exact shares of the whole with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from longspan.kernel.bias import Bias, bias, shift, size
-from longspan.kernel.calls import Call, calls
+from longspan.kernel import summary
+from longspan.kernel.bias import KEPT, Bias, bias, shift, size
+from longspan.kernel.calls import Call, HeadGroup, calls
 from longspan.kernel.frame import Frame, Work
 from longspan.kernel.merge import merge_into
-from longspan.kernel.parts import Part
+from longspan.kernel.parts import Lattice, Part
 from longspan.kernel.rows import alike, with_lse_gradient
 from longspan.score import Scores
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# Temporary results of one call, in bytes, at most (or those of one rectangle of one head, where that is more).
-WORKSPACE = 32 * 2**20
+# Temporary results of one call, in bytes, at most (or those of one rectangle with a mask, where that is more).
+WORKSPACE = 8 * 2**20
 # Widths that the matrix products like are multiples of this.
 LANES = 8
 
@@ -44,24 +46,51 @@ def device_refusal(device: str) -> str:
     return f"runs on cpu, got {device}"
 
 
+def workspace(
+    groups: Sequence[HeadGroup], heads: int, queries: int, keys: int, width: int, dtype: str
+) -> tuple[int, int]:
+    """Return the bytes that are taken at most beside inputs, outputs and gradients, forward and backward, for one row
+    of a batch; key heads are counted as query heads.
+
+    Law: what grows with the length is a few numbers for each query, and sums that are wider than what they are sums of.
+    A gradient that flows into log-sum-exps takes copies of what a call reads, six times `WORKSPACE`, besides.
+    """
+    given = torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+    size = max(4, given)
+    needed = (partial(forward_numbers, width=width), partial(backward_numbers, width=width))
+    each = [
+        summary.workspace(
+            group.parts, heads=len(group.heads), size=size, limit=WORKSPACE, kept=KEPT, needed=needed
+        )
+        for group in groups
+    ]
+    # Log-sum-exps and their gradients, in a few steps.
+    rows = heads * queries * size
+    wide = heads * width * size * (given < size)
+    return (
+        2 * rows + wide * queries + max(forward for forward, _ in each),
+        4 * rows + wide * (queries + 2 * keys) + max(backward for _, backward in each),
+    )
+
+
 def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
     """Return output and log-sum-exp over all parts, and whether the sums of outputs and queries are finite."""
-    query, key, value = alike(query, key, value)
     exact = torch.promote_types(query.dtype, torch.float32)
-    output = torch.zeros(query.shape, dtype=exact)
+    width = value.shape[-1]
+    output = torch.zeros(*query.shape[:-1], width, dtype=exact)
     lse = torch.full(query.shape[:-1], -torch.inf, dtype=exact)
-    width = query.shape[-1]
-    for call, added, moved in _calls(query, key, work, lambda part: part.query.places * width):
-        q, (k, v) = call.read(query), (call.look_up(side) for side in (key, value))
+    for call, added, moved in _calls(query, key, work, partial(forward_numbers, width=_widest(query, value))):
+        q, k, v = alike(call.read(query), call.look_up(key), call.look_up(value))
         part_output, part_lse = _forward(
-            q, k, v, 0.0, call.part.causal, attn_mask=added.added, scale=work.scale
+            q, k, v, 0.0, call.slice.causal, attn_mask=added.added, scale=work.scale
         )
         if moved is not None:
             part_lse += moved
         if added.blind is not None:
             # For a row without a key the kernel answers 0 where minus infinity is meant.
             part_lse[..., added.blind] = -torch.inf
-        if call.part.fresh:
+        part_output = part_output[..., :width]
+        if call.slice.fresh:
             call.read(output).copy_(part_output)
             call.read(lse).copy_(part_lse)
         else:
@@ -81,30 +110,48 @@ def _accumulated(
     work: Work,
 ) -> tuple[list[Tensor], bool]:
     """Return the gradients of query, key and value over all parts, and whether their sums are finite."""
-    sides = (query, key, value, grad_output, output)
-    if grad_lse.count_nonzero():
-        sides = with_lse_gradient(sides, grad_lse, LANES)
-    query, key, value, grad_output, output = alike(*sides)
-    width = query.shape[-1]
+    flows = bool(grad_lse.count_nonzero())
+    width = _widest(query, value) + LANES * flows
     grads = [torch.zeros(side.shape, dtype=lse.dtype) for side in (query, key, value)]
-    for call, added, moved in _calls(
-        query, key, work, lambda part: (part.query.places + 2 * part.key.places) * width
-    ):
-        q, (k, v) = call.read(query), (call.look_up(side) for side in (key, value))
-        grad, out, total = (call.read(side) for side in (grad_output, output, lse))
+    for call, added, moved in _calls(query, key, work, partial(backward_numbers, width=width)):
+        sides = (*map(call.read, (query, grad_output, output)), *map(call.look_up, (key, value)))
+        q, grad, out, k, v = sides
+        total = call.read(lse)
+        if flows:
+            q, k, v, grad, out = with_lse_gradient((q, k, v, grad, out), call.read(grad_lse), LANES)
+        q, k, v, grad, out = alike(q, k, v, grad, out)
         if moved is not None:
             total = total - moved
         made = _backward(
-            grad, q, k, v, out, total, 0.0, call.part.causal, attn_mask=added.added, scale=work.scale
+            grad, q, k, v, out, total, 0.0, call.slice.causal, attn_mask=added.added, scale=work.scale
         )
-        call.read(grads[0]).add_(made[0])
-        for whole, part in zip(grads[1:], made[1:], strict=True):
+        into, *onto = (part[..., : whole.shape[-1]] for whole, part in zip(grads, made, strict=True))
+        call.read(grads[0]).add_(into)
+        for whole, part in zip(grads[1:], onto, strict=True):
             call.give_back(whole, part)
     return grads, all(bool(grad.sum().isfinite()) for grad in grads)
 
 
+def _widest(*sides: Tensor) -> int:
+    return max(side.shape[-1] for side in sides)
+
+
+def forward_numbers(query: Lattice, key: Lattice, *, width: int) -> int:
+    """Return how many numbers one rectangle on one head gives, and takes where its keys are gathered."""
+    return (query.places + _gathered(key)) * width
+
+
+def backward_numbers(query: Lattice, key: Lattice, *, width: int) -> int:
+    """Return how many numbers the gradients of one rectangle on one head are, and of gathered keys."""
+    return (query.places + 2 * key.places + _gathered(key)) * width
+
+
+def _gathered(key: Lattice) -> int:
+    return 0 if key.at is None else 2 * key.places
+
+
 def _calls(
-    query: Tensor, key: Tensor, work: Work, places: Callable[[Part], int]
+    query: Tensor, key: Tensor, work: Work, needed: Callable[[Lattice, Lattice], int]
 ) -> Iterator[tuple[Call, Bias, Tensor | None]]:
     """Yield the calls of the kernel, each with its bias and with what is to be added to its log-sum-exp."""
 
@@ -114,7 +161,7 @@ def _calls(
     exact = torch.promote_types(query.dtype, torch.float32)
     # Within a rectangle distances are counted in keys.
     slopes = work.slopes and tuple(slope * work.keys[1] for slope in work.slopes)
-    for call in calls(query, key, work.groups, places=places, alone=alone, limit=WORKSPACE):
+    for call in calls(query, key, work.groups, needed=needed, alone=alone, limit=WORKSPACE):
         added = bias(call, query.dtype, slopes)
         moved = None
         if work.slopes is not None and added.nearest is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,8 @@ from longspan.derive.blocks import TRIANGLE, Blocks, blocks
 from longspan.derive.region import regions
 from longspan.derive.terms import terms
 from longspan.derive.tiling import COMPARABLE, SIZE
-from longspan.kernel.parts import Part
+from longspan.kernel.calls import slices
+from longspan.kernel.parts import Lattice, Part
 from longspan.pattern import Complement, Everything, Pattern
 
 
@@ -121,35 +122,39 @@ def _all_residues(pattern: Pattern) -> Pattern:
 
 
 def workspace(
-    parts: Sequence[Part], *, heads: int, width: int, size: int, limit: int, kept: int
+    parts: Sequence[Part],
+    *,
+    heads: int,
+    size: int,
+    limit: int,
+    kept: int,
+    needed: Sequence[Callable[[Lattice, Lattice], int]],
 ) -> tuple[int, int]:
     """Return the bytes that the sdpa kernel takes at most for some parts, forward and backward.
 
     Counted are temporary results and biases, for one row of a batch. Inputs, outputs and gradients are not. The
-    answer is safe: a call may need less than what it is counted with.
+    answer is safe: a call may need less than what it is counted with. It does not grow with the length of a text.
 
     Args:
         parts: what one group of heads reads.
         heads: number of heads of the group.
-        width: numbers in a head's query.
         size: bytes of a number.
         limit: bytes of the temporary results of one call.
         kept: bytes of biases that are kept.
+        needed: what one rectangle on one head needs, forward and backward, as `slices` takes it.
     """
     forward, backward = [0], [0]
     for part in parts:
-        rows, columns = part.query.places, part.key.places
-        most = heads * part.shape[1] * size
-        # Keys that lie anywhere are gathered.
-        copied = 0 if part.key.at is None else 2 * columns * width
-        ahead, back = (
-            min(most * numbers, max(limit, numbers * size))
-            for numbers in (rows * width + copied, (rows + 2 * columns) * width + copied)
-        )
+        each = []
+        for direction in needed:
+            # The first slice is the largest one.
+            first = next(slices(part, direction, limit // size))
+            numbers = direction(first.query, first.key) * size
+            each.append(min(heads * part.shape[1] * numbers, max(limit, numbers)))
         # What the call before gave is held until this one is done, and merging takes a difference.
-        forward.append(ahead * (2 if part.fresh else 3))
+        forward.append(each[0] * (2 if part.fresh else 3))
         # PyTorch's kernel lays strided views out anew, and sums come before they are added.
-        backward.append(back * 4)
+        backward.append(each[1] * 4)
     masks = [part.allowed.size * size for part in parts if part.allowed is not None]
     biases = min(sum(masks), kept) + 2 * max(masks, default=0)
     return max(forward) + biases, max(backward) + biases
