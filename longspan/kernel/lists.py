@@ -152,22 +152,25 @@ def _layouts(found: Blocks, classes: tuple[np.ndarray, np.ndarray]) -> np.ndarra
     return number[found.query_class, found.key_class]
 
 
-def _lines(grid: _Grid, runs: _Runs, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many blocks lie in each row (axis 1) or column (axis 2) of each layout, and where in it."""
+def _lines(grid: _Grid, runs: _Runs, axis: int) -> tuple[np.ndarray, _Runs]:
+    """Return how many blocks lie in each row (axis 1) or column (axis 2) of each layout, and the runs in order."""
     layouts, along = grid.shape[0], grid.shape[axis]
     some = np.flatnonzero(runs[2])
     some = some[np.lexsort((runs[1][some], runs[0][some]))]
     line, first, number = (side[some] for side in runs)
-    total = np.bincount(line, weights=number, minlength=layouts * along).astype(np.int64)
-    wide = int(total.max(initial=0))
-    place = np.arange(int(total.sum()))
-    listed = np.zeros(len(total) * wide, dtype=np.int32)
+    total = np.bincount(line, weights=number, minlength=layouts * along)
+    return total.astype(np.int32).reshape(layouts, along), (line, first, number)
+
+
+def _write(number: np.ndarray, runs: _Runs, listed: np.ndarray, at: np.ndarray) -> None:
+    """Write the blocks of runs into memory in which each line begins somewhere; nothing else is touched."""
+    line, first, length = runs
+    place = np.arange(int(length.sum()))
     # Runs lie in order, so what stands before a run is what it begins after, in its line and in all lines.
-    begin = np.arange(len(total)) * wide - (np.cumsum(total) - total)
-    listed[place + np.repeat(begin[line], number)] = place + np.repeat(
-        first - (np.cumsum(number) - number), number
+    begin = at - (np.cumsum(number, dtype=np.int64) - number.ravel())
+    listed[place + np.repeat(begin[line], length)] = place + np.repeat(
+        first - (np.cumsum(length) - length), length
     )
-    return total.astype(np.int32).reshape(layouts, along), listed.reshape(layouts, along, wide)
 
 
 @dataclass(frozen=True)
@@ -185,27 +188,34 @@ def _again(grid: _Grid, stretch: Stretch, axis: int) -> _Again:
     return _Again(begin // size, (begin + stretch.unit) // size, stretch.times, stretch.unit // other)
 
 
-def _beside(heads: list[tuple[np.ndarray, np.ndarray, _Again]]) -> tuple[np.ndarray, np.ndarray]:
+def _beside(heads: list[tuple[np.ndarray, _Runs, _Again]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the lists of heads for the long text, numbers `[layouts, heads, lines]` and what they are of, with one
     more axis."""
-    wide = max(_LEAST, *(where.shape[2] for _, where, _ in heads))
+    wide = max(_LEAST, *(int(number.max(initial=0)) for number, _, _ in heads))
     number, _, again = heads[0]
-    shape = (len(number), len(heads), number.shape[1] + again.times * (again.end - again.begin))
+    lines = number.shape[1] + again.times * (again.end - again.begin)
+    shape = (len(number), len(heads), lines)
     numbers, listed = np.zeros(shape, dtype=np.int32), np.zeros((*shape, wide), dtype=np.int32)
-    for head, (number, where, again) in enumerate(heads):
+    whole = np.arange(len(number) * len(heads) * lines).reshape(shape) * wide
+    for head, (number, runs, again) in enumerate(heads):
+        if not again.times:
+            # Lists are long and mostly empty: what is left as it is takes no memory.
+            numbers[:, head] = number
+            _write(number, runs, listed.reshape(-1), whole[:, head].ravel())
+            continue
+        own = int(number.max(initial=0))
+        where = np.zeros(number.size * own, dtype=np.int32)
+        _write(number, runs, where, np.arange(number.size) * own)
         # What stands behind the number of blocks in a list stays 0.
-        farther = (np.arange(where.shape[2]) < number[:, :, None]) * np.int32(again.farther)
+        farther = (np.arange(own) < number[:, :, None]) * np.int32(again.farther)
         _draw_out(number, np.zeros_like(number), again, numbers[:, head])
-        _draw_out(where, farther, again, listed[:, head, :, : where.shape[2]])
+        _draw_out(where.reshape(*number.shape, own), farther, again, listed[:, head, :, :own])
     return numbers, listed
 
 
 def _draw_out(short: np.ndarray, farther: np.ndarray, again: _Again, long: np.ndarray) -> None:
     """Write the lines `[layouts, lines, ...]` of a short text where they belong in the long one."""
     begin, end, times = again.begin, again.end, again.times
-    if not times:
-        long[...] = short
-        return
     stop = end + times * (end - begin)
     long[:, :begin] = short[:, :begin]
     strips = long[:, begin:stop].reshape(len(long), times + 1, end - begin, *long.shape[2:])
