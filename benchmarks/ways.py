@@ -92,19 +92,16 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
         skips = replace(plain, window=context, positions="skipping", batch=length // context)
         return [Cell("full length", plain), Cell("PoSE", skips)]
     # Windows end as they begin, which a leak can give away: what is trained on them must be able to learn it.
-    closing = Recipe(
-        model=options.model,
-        text=options.text,
+    closing = replace(
+        plain,
         length=context // 2,
+        window=None,
+        margin=Recipe.margin,
         method="full",
-        stages=1,
-        positions="counted",
+        rate=1e-3,
         batch=8,
         repeats=1.0,
-        passkeys=0.0,
-        rate=1e-3,
         steps=2 * options.steps,
-        seed=seed,
     )
     rolled = "S2({1/4}, wrap='roll', length={1/1})"
     return [
