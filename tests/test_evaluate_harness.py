@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 
 import pytest
+import torch
 from tiny import byte_tokenizer, llama
 
 from longspan.evaluate import harness
@@ -77,8 +78,17 @@ def test_a_local_task_runs_with_a_pattern(folder, tmp_path):
         ({"pattern": "SlidingWindo(4)"}, "There is no pattern called SlidingWindo."),
         ({"dtype": "float8"}, "There is no such dtype for a model."),
         ({"pretrained": "no/such/folder"}, "There is no model folder at this path."),
+        ({"device": "cuda:99"}, "There is no such device."),
     ],
 )
 def test_bad_arguments_get_a_message(folder, arguments, problem):
     with pytest.raises(Exception, match=problem):
         harness.register()(**({"pretrained": folder} | arguments))
+
+
+@needs_harness
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
+def test_the_device_that_nobody_asked_for_is_one_that_is_there(folder, device):
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    assert harness.register()(pretrained=folder, device=device).device.type == there

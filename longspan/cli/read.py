@@ -64,7 +64,7 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
 
-    from longspan.cli.device import device as device_named
+    from longspan.hf.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.evaluate.forward import check_positions
     from longspan.evaluate.stream import Stream

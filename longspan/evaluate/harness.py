@@ -11,8 +11,8 @@ lm-eval finds models by names that are registered when it runs, so it is started
 Arguments of the model: `pretrained`, a folder or Hugging Face id; `pattern`, an expression, without which the model
 reads densely; `dtype`, float32 by default; `device` and `batch_size`, by lm-eval's options of these names; and whatever
 lm-eval's own `hf` model takes for a model that is loaded already, such as `max_length`. A pattern with commas needs
-the arguments as JSON, as in the second example. RULER fetches its essays and questions from the network, LongBench all
-of its data.
+the arguments as JSON, as in the second example. RULER looks for its tokenizer by the same name, so that it needs a
+folder or id, not "default"; it fetches its essays and questions from the network, LongBench all of its data.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ from typing import Any
 
 from longspan.errors import InputError, LongspanError, message
 from longspan.hf.attention import set_pattern
+from longspan.hf.device import device as device_named
 from longspan.hf.model import load_model
 from longspan.pattern.expression import parse
 
 NAME = "longspan"
+# What lm-eval's command line says where nobody named a device; its own models then take what is there.
+_UNSAID = ("cuda", "cuda:0")
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -79,7 +82,7 @@ def register() -> type:
                     )
                 )
             read = None if pattern is None else parse(pattern)
-            place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+            place = device_named(None if device in _UNSAID else device)
             model, tokenizer = load_model(pretrained, dtype=getattr(torch, dtype), device=place)
             if read is not None:
                 set_pattern(model, read)

@@ -1,4 +1,4 @@
-"""The device that a command runs on."""
+"""The device that a model runs on."""
 
 from __future__ import annotations
 
