@@ -44,9 +44,9 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
 
-    from longspan.hf.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.evaluate.digest import digest
+    from longspan.hf.device import device as device_named
     from longspan.hf.model import load_model
 
     place = device_named(device)

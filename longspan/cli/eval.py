@@ -93,7 +93,6 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
 
-    from longspan.hf.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.cli.ranks import own_device, ranks
     from longspan.evaluate.chart import chart
@@ -103,6 +102,7 @@ def command(
     from longspan.evaluate.report import Report
     from longspan.evaluate.table import table
     from longspan.hf.attention import set_pattern
+    from longspan.hf.device import device as device_named
     from longspan.hf.model import load_config, load_model
     from longspan.hf.sequence import sequence_parallel
     from longspan.pattern.expression import parse

@@ -248,9 +248,9 @@ def run(
 ) -> None:
     """Carry out a recipe with the options given, showing how far it is; leave with code 130 on Ctrl-C."""
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
-    from longspan.hf.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.extend import extension
+    from longspan.hf.device import device as device_named
 
     place, patience = device_named(device), timedelta(seconds=timeout)
     first = extension.rank() == 0

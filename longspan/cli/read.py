@@ -64,12 +64,12 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from rich.console import Console
 
-    from longspan.hf.device import device as device_named
     from longspan.cli.progress import Progress
     from longspan.evaluate.forward import check_positions
     from longspan.evaluate.stream import Stream
     from longspan.hf.attention import set_pattern
     from longspan.hf.cache import PatternCache
+    from longspan.hf.device import device as device_named
     from longspan.hf.model import check_tokens, load_config, load_model
     from longspan.hf.stream import StreamCache
     from longspan.pattern.expression import parse
