@@ -182,14 +182,18 @@ class PatternLayer(CacheLayerMixin):
         if self is self.family[-1]:
             self.family[0].before = []
         self.kept, self.pattern = kept, pattern
-        self.columns += key.shape[2]
+        self._count(batch, key.shape[2])
+        return output.transpose(1, 2).contiguous()
+
+    def _count(self, batch: Batch, tokens: int) -> None:
+        """Count columns that were taken in."""
+        self.columns += tokens
         if batch.real is None:
-            self._full += key.shape[2]
+            self._full += tokens
         else:
             # Columns at the end that every row has a token in: those may be counted back.
             full = batch.real.all(dim=0).flip(0).long().cumprod(0).sum()
-            self._full = int(full) + (self._full if full == key.shape[2] else 0)
-        return output.transpose(1, 2).contiguous()
+            self._full = int(full) + (self._full if full == tokens else 0)
 
     def _look_back(self, tokens: int, rows: int) -> list[tuple[PatternLayer, dict[str, Any]]]:
         """Return what all layers hold, where the pool may run out between two of them; else nothing."""

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from longspan.attend import attend_with_lse
-from longspan.errors import InputError, PatternError, PlanError, ShapeError, message
+from longspan.cache.form import Form, check
+from longspan.errors import InputError, PatternError, message
 from longspan.hf.attention import attention_modules
 from longspan.hf.batch import Batch
 from longspan.hf.buffer import Buffer
 from longspan.hf.cache import PatternCache, PatternLayer, related
+from longspan.hf.places import Places
 from longspan.hf.rope import from_config
+from longspan.hf.texts import Texts
 from longspan.kernel.merge import merge
 from longspan.pattern import Causal, Pattern, Sink, SlidingWindow, Streaming, Window
 from longspan.pattern.base import Intersection
-from longspan.rope import displacement, shift
+from longspan.rope import shift
 from longspan.score import Score, Sinks
 
 # Tokens on which a model is read with its own positions and with ours, and how far the two may lie apart.
@@ -43,17 +44,24 @@ class StreamCache(PatternCache):
     Inside `with`, the model counts positions from a base that moves along with the text, so that no angle grows large.
     Keys are held turned to such places. When the base moves, which is once in a window, they are turned by as much, at
     most twice each; only sinks, which are few, are turned for every token, from their first places. In there the model
-    reads through this cache alone, and refuses all else.
+    reads through this cache, its forks and copies alone, and refuses all else.
+
+    Rows may be padded anywhere. Those that have had their tokens in the same columns are read together, others one
+    after the other. Beams and rows are chosen, and tokens taken back, as in a `PatternCache`.
 
     Args:
         model: a decoder with rotary positions on which `set_pattern` set `Streaming` or `SlidingWindow`, wrapped or
             not. A window of its own narrows the pattern.
+        undo: tokens that can always be taken back, which assisted decoding needs: how many are guessed at a time and
+            one. With 0 all tokens can be, as long as the window holds the whole text, and then the last one.
 
     Raises:
         PatternError: a model without patterns, or with others.
         InputError: positions that are not rotary, vary with the length or are turned in a way unknown here: found by
             reading a few tokens both ways.
-        PlanError, ShapeError: by the model's forward: padding, another cache or none, a cache outside of `with`.
+        ShapeError: an `undo` below 0. By the model's forward: a mask or batch that does not continue what was read,
+            keys that want a gradient. By `crop`: keys that are gone.
+        PlanError: by the model's forward: another cache or none, a cache outside of `with`.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,102 +79,45 @@ class StreamCache(PatternCache):
         Xiao et al., StreamingLLM (arXiv 2309.17453), section 3.2.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, *, undo: int = 0) -> None:
+        super().__init__(model, undo=undo)
         modules = attention_modules(model)
-        self.frequency, self.base = from_config(modules[0].config), 0
+        frequency = from_config(modules[0].config)
         rotaries = [module for name, module in model.named_modules() if name.endswith("rotary_emb")]
         owners = [module for module in model.modules() if hasattr(module, "rotary_emb")]
-        if self.frequency.varies or not rotaries:
-            raise _unknown(
-                model, "they vary with the length" if self.frequency.varies else "no module turns them"
-            )
-        self.layers = related([StreamLayer(layer.module(), self) for layer in self.layers])
+        if frequency.varies or not rotaries:
+            raise _unknown(model, "they vary with the length" if frequency.varies else "no module turns them")
+        self.places = Places(frequency, rotaries, owners)
+        options = {"undo": undo, "places": self.places}
+        self.layers = related([StreamLayer(layer.module(), options) for layer in self.layers])
         self._window = max(bounds(layer.setting.pattern)[0] for layer in self.layers)
-        self._turns: tuple[Any, list[tuple[Tensor, Tensor]]] | None = None
-        # Weak, as a cache that outlives its model shall not hold its weights.
-        self._rotaries, self._owners = weakref.WeakSet(rotaries), weakref.WeakSet(owners)
-        self._hooks: list[Any] = []
         self._check_turning(model)
 
     def __enter__(self) -> Self:
-        if not self._hooks:
-            self._hooks = [
-                rotary.register_forward_pre_hook(self._places, with_kwargs=True) for rotary in self._rotaries
-            ]
-            self._hooks += [
-                owner.register_forward_pre_hook(self._through_here, with_kwargs=True)
-                for owner in self._owners
-            ]
+        self.places.enter()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self.places.leave()
 
-    @property
-    def open(self) -> bool:
-        """Whether this is inside `with`, so that keys come unturned."""
-        return bool(self._hooks)
+    def begin(self) -> int:
+        """Return the place of the next token, before it is read; the base moves along here."""
+        # The last layer is the last to count.
+        read, step = self.layers[-1].columns, max(self._window, _LEAST)
+        if read - self.layers[0].base >= 2 * step:
+            self._move(read - step)
+        return read - self.layers[0].base
 
     def __str__(self) -> str:
         return (
             f"StreamCache: {self.get_seq_length()} tokens read, {self.nbytes:,} bytes in {len(self)} layers"
         )
 
-    def reset(self) -> None:
-        """Forget everything, as if nothing had been read."""
-        super().reset()
-        self.base = 0
-
-    def turned(self, width: int) -> int:
-        """Return how many numbers of a head `width` wide are turned."""
-        return 2 * self.frequency.angles_per_token(width).shape[-1]
-
-    def turn(self, distance: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return cosine and sine `[width]` of a turn by so many tokens; found for many distances at a time."""
-        block, place = divmod(distance, _LEAST)
-        asked = (block, like.shape[3], like.dtype, like.device)
-        if self._turns is None or self._turns[0] != asked:
-            distances = torch.arange(block * _LEAST, (block + 1) * _LEAST, device=like.device)
-            found = displacement(distances, self.frequency, width=like.shape[3])
-            exact = torch.promote_types(like.dtype, torch.float32)
-            rest = like.shape[3] - 2 * found.cos.shape[-1]
-            cos, sin = (F.pad(side.to(exact).repeat(1, 2), (0, rest)) for side in (found.cos, found.sin))
-            cos[:, like.shape[3] - rest :] = 1
-            self._turns = asked, list(zip(cos, sin, strict=True))
-        return self._turns[1][place]
-
-    def _through_here(self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if options.get("past_key_values") is not self:
-            raise PlanError(
-                message(
-                    "Inside `with`, this model reads through its StreamCache alone.",
-                    {"why": "its positions are counted from a base that no other cache knows of"},
-                    fix="past_key_values=cache, or leave the `with` first",
-                )
-            )
-        # The last layer is the last to count.
-        read, step = self.layers[-1].columns, max(self._window, _LEAST)
-        if read - self.base >= 2 * step:
-            self.base = read - step
-
-    def _places(
-        self, module: nn.Module, given: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Count positions from the base: integer tensors are the positions that a rotary module is asked for."""
-        read = self.layers[-1].columns - self.base
-
-        def counted(item: Any) -> Any:
-            if not isinstance(item, Tensor) or item.is_floating_point():
-                return item
-            places = torch.arange(read, read + item.shape[-1], dtype=item.dtype, device=item.device)
-            return places.expand(item.shape)
-
-        return tuple(map(counted, given)), {name: counted(item) for name, item in options.items()}
+    def _move(self, base: int) -> None:
+        for layer in self.layers:
+            layer.base = base
 
     def _check_turning(self, model: nn.Module) -> None:
         """Read a few tokens with the model's own positions and with ours, which must not differ."""
@@ -181,7 +132,8 @@ class StreamCache(PatternCache):
                 found = []
                 with self:
                     # Keys of the first half are turned by the model to other places, and then by us.
-                    for piece, self.base in ((ids[:, : tokens // 2], -_PROBE), (ids[:, tokens // 2 :], 0)):
+                    for piece, base in ((ids[:, : tokens // 2], -_PROBE), (ids[:, tokens // 2 :], 0)):
+                        self._move(base)
                         if piece.numel():
                             found.append(model(piece, past_key_values=self).logits.double())
                 error = (torch.cat(found, dim=1) - wanted).abs().max()
@@ -193,11 +145,11 @@ class StreamCache(PatternCache):
 
 
 class StreamLayer(PatternLayer):
-    """One layer of a `StreamCache`."""
+    """One layer of a `StreamCache`.
 
-    def __init__(self, module: nn.Module, owner: StreamCache) -> None:
-        super().__init__(module, {})
-        self._owner = weakref.ref(owner)
+    Attributes:
+        base: column that lies at place 0.
+    """
 
     def attend(
         self,
@@ -210,54 +162,66 @@ class StreamLayer(PatternLayer):
         scores: Sequence[Score],
     ) -> Tensor:
         """Return attention `[batch, length, heads, width]` of the new tokens, and take them in."""
-        owner = self._owner()
-        if not owner.open:
+        if not self.options["places"].open:
             raise self._refuse(
                 "keys reach it turned to places in the text", "with StreamCache(model) as cache: ..."
             )
-        if batch.real is not None:
-            raise self._refuse("some of the tokens are padding", "one text, or rows of one length")
-        if torch.is_grad_enabled() and key.requires_grad:
-            raise self._refuse("it carries no gradient", "with torch.no_grad()")
         kept = self.kept
+        self._check(kept, query, key, value, batch)
         if kept is None:
             window, sinks = bounds(pattern)
-            turned = owner.turned(key.shape[3])
-            kept = Buffer(key, value, window=window, sinks=sinks, base=owner.base, turned=turned)
-        elif kept.rows != key.shape[0]:
-            raise self._refuse(
-                f"it holds {kept.rows} rows, and {key.shape[0]} came", "cache.reset() for other texts"
-            )
-        kept.rebase(owner.base, owner.frequency)
-        if query.shape[2] == 1:
-            kept.put(key, value)
-            if kept.sinks and kept.length > kept.window:
-                kept.turn(*owner.turn(self.columns - kept.base - self._place(kept), query))
-            output = _last(query, kept, scale, scores)
+            undo, frequency = self.options["undo"], self.options["places"].frequency
+            buffer = Buffer(key, value, window=window, sinks=sinks, undo=undo, frequency=frequency)
+            kept = Texts(Form.of(key, value), buffer)
+        real = None if batch.real is None or bool(batch.real.all()) else batch.real
+        if real is None and kept.alike is not None:
+            output = self._read(query, key, value, kept.alike, 0, scale, scores)
         else:
-            output = self._several(query, key, value, kept, scale, scores)
-            kept.put(key, value)
+            output = query.new_zeros((*query.shape[:3], value.shape[3]))
+            for rows, columns, buffer in kept.turns(real, query.shape[2]):
+                sides = (side[rows][:, :, columns] for side in (query, key, value))
+                output[rows, :, columns] = self._read(*sides, buffer, columns.start, scale, scores)
         self.kept, self.pattern = kept, pattern
-        self.columns += query.shape[2]
+        self._count(batch, query.shape[2])
         return output.transpose(1, 2).contiguous()
 
-    def check_crop(self, tokens_to_remove: int) -> None:
-        raise _one_way(f"crop({tokens_to_remove})")
+    def reset(self) -> None:
+        super().reset()
+        self.base = 0
 
-    def fork(self) -> PatternLayer:
-        raise _one_way("a branch of it")
+    def _check(self, kept: Texts | None, query: Tensor, key: Tensor, value: Tensor, batch: Batch) -> None:
+        """Refuse what does not continue the texts. All layers are given the same, so the first finds it."""
+        heads = query.shape[1], key.shape[1]
+        fits = kept is not None and kept.form.fits(query, key, value, *heads)
+        if fits and (self is not self.family[0] or batch.starts in (None, kept.lengths)):
+            return
+        form, lengths = (None, []) if kept is None else (kept.form, kept.lengths)
+        sides = {"query": query, "key": key, "value": value}
+        check(sides, batch.real, batch.starts, heads=heads, form=form, lengths=lengths)
 
-    def select(self, rows: Tensor) -> None:
-        raise _one_way("other rows of the batch, as beams are")
-
-    batch_select_indices = reorder_cache = select
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        raise _one_way(f"{repeats} rows in place of each")
-
-    def _place(self, kept: Buffer) -> int:
-        """Return the place at which the next token reads the sinks."""
-        return min(self.columns, kept.window + kept.sinks - 1)
+    def _read(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kept: Buffer,
+        column: int,
+        scale: float | None,
+        scores: Sequence[Score],
+    ) -> Tensor:
+        """Return what texts of one length read in neighbouring columns, from a new one on, and take it in."""
+        # The next token of a text comes turned to the place of its column.
+        kept.rebase(self.base + kept.length - self.columns - column)
+        if query.shape[2] > 1:
+            output = self._several(query, key, value, kept, scale, scores)
+            kept.put(key, value)
+            return output
+        position = kept.length
+        kept.put(key, value)
+        if kept.sinks and kept.length > kept.window:
+            place = min(position, kept.window + kept.sinks - 1)
+            kept.turn(*self.options["places"].turn(position - kept.base - place, query))
+        return _last(query, kept, scale, scores)
 
     def _several(
         self,
@@ -275,16 +239,16 @@ class StreamLayer(PatternLayer):
         )
         # All of them lie at their distances.
         recent = attend_with_lse(query, keys, values, Causal() & Window(window), scale=scale, scores=scores)
-        begin, end = self.columns, self.columns + query.shape[2]
+        begin, end = kept.length, kept.length + query.shape[2]
         if not sinks or end <= window:
             return recent[0]
         last = window + sinks - 1
         positions = torch.arange(begin, end, device=query.device)
-        owner = self._owner()
+        frequency = self.options["places"].frequency
         # From the last place on all queries read all sinks, so that one plan serves the whole text.
         start = min(begin, last)
         far = attend_with_lse(
-            shift(query, positions.clamp(max=last) - (positions - kept.base), owner.frequency),
+            shift(query, positions.clamp(max=last) - (positions - kept.base), frequency),
             *kept.begun(key, value),
             (Causal() & Sink(sinks)) - Window(window),
             queries=range(start, start + end - begin),
@@ -303,16 +267,6 @@ def _last(query: Tensor, kept: Buffer, scale: float | None, scores: Sequence[Sco
     folded = query.reshape(len(query), kept.heads, -1, query.shape[3])
     output = kept.weigh(folded, query.shape[3] ** -0.5 if scale is None else scale)
     return output.reshape(*query.shape[:3], -1)
-
-
-def _one_way(asked: str) -> ShapeError:
-    return ShapeError(
-        message(
-            "A StreamCache only reads on.",
-            {"asked": asked, "why": "keys that left the window are gone"},
-            fix="PatternCache(model, undo=tokens), whose places are those of the text",
-        )
-    )
 
 
 def bounds(pattern: Pattern) -> tuple[int, int]:
