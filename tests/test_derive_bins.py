@@ -1,4 +1,4 @@
-"""Bins: the cells of a grid hold the pairs of the mask, to the last one."""
+"""Bins: the cells of a grid and the degrees of queries hold the pairs of the mask, to the last one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import lengths, relations, spans
 
-from longspan.derive.bins import bins, edges
+from longspan.derive.bins import bins, degrees, edges
 from longspan.derive.cost import cost
 from longspan.derive.mask import counts
 from longspan.pattern import S2, SCCA, SDA, Longformer, LongMixed, LongNet, Pattern, SlidingWindow
@@ -43,6 +43,13 @@ def test_cells_of_ranges_sum_their_mask(pattern: Pattern, cells: tuple[int, int]
     assert (found == summed(pattern, queries, keys, cells)).all()
 
 
+@given(relations, st.data())
+def test_degrees_sum_the_rows_of_the_mask(pattern: Pattern, data: st.DataObject):
+    queries, keys = data.draw(spans(129)), data.draw(spans(129))
+    truth = counts(pattern, queries=queries, keys=keys).numpy().sum(axis=1)
+    assert degrees(pattern, queries=queries, keys=keys).tolist() == truth.tolist()
+
+
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -62,6 +69,8 @@ def test_cells_of_texts_of_many_blocks_sum_their_mask(pattern: Pattern):
         for cells in ((7, 7), (64, 3)):
             truth = summed(alone, range(700), range(700), cells)
             assert (bins(alone, length=700, cells=cells) == truth).all()
+        rows = counts(alone, length=700).numpy().sum(axis=1)
+        assert (degrees(alone, length=700) == rows).all()
 
 
 def test_cells_of_a_million_tokens_add_up():
@@ -69,6 +78,7 @@ def test_cells_of_a_million_tokens_add_up():
     found = bins(pattern, length=1_048_576, cells=(16, 16))
     assert found.sum() == cost(pattern, length=1_048_576).pairs
     assert (np.diag(found)[1:] == np.diag(found)[1]).all()
+    assert (degrees(pattern, length=1_048_576) == np.minimum(np.arange(1_048_576) + 1, 512)).all()
 
 
 def test_more_cells_than_tokens_leave_some_empty():

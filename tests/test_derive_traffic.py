@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import lengths, per_head
 
+from longspan.derive.cost import cost
 from longspan.derive.mask import counts
 from longspan.derive.traffic import Traffic, load, traffic
 from longspan.errors import ShapeError
 from longspan.layout import Layout, contiguous, striped, zigzag
-from longspan.pattern import Causal, Chunk, Dilated, Pattern, SlidingWindow, Streaming
+from longspan.pattern import BigBird, Causal, Chunk, Dilated, LongNet, Pattern, SlidingWindow, Streaming
 
 HEADS = 4
 layouts = st.builds(
@@ -88,6 +89,29 @@ def test_a_million_tokens_on_many_ranks_are_counted():
     found = traffic(SlidingWindow(4_096), contiguous(1 << 20, 256))
     # 4,096 tokens a rank: each but the first reads the 32 blocks before its own.
     assert found.blocks == 32 * 255
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [Streaming(300, sinks=4), Causal() & Dilated(16), LongNet((256, 1_024), (1, 4)), BigBird(64)],
+    ids=str,
+)
+def test_the_work_of_many_stripes_is_counted_some_queries_at_a_time(
+    pattern: Pattern, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("longspan.derive.traffic._QUERIES", 600)
+    layout = striped(2_000, 1_024)
+    per_query = counts(pattern, length=layout.length, heads=HEADS).sum(dim=(0, 2)).numpy()
+    expected = [per_query[layout.positions(rank)].sum() for rank in range(layout.ranks)]
+    assert load(pattern, layout, heads=HEADS).tolist() == expected
+
+
+def test_longnet_on_a_thousand_stripes_of_a_million_tokens_is_counted():
+    pattern, layout = LongNet((2_048, 8_192, 32_768), (1, 4, 16)), striped(1 << 20, 1_024)
+    pairs = load(pattern, layout, heads=16)
+    assert pairs.sum() == cost(pattern, length=layout.length, heads=16).pairs
+    # A later residue reads more of each segment.
+    assert (np.diff(pairs) > 0).all()
 
 
 def test_a_block_holds_something():

@@ -101,9 +101,10 @@ def test_the_benchmark_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     # What runs has a test of its own.
     script["steps"] = lambda cases: []
     script["main"](
-        ["--lengths", "1024", "--ranks", "2,4", "--heads", "4", "--key-heads", "2", "--json", str(report)]
+        ["--lengths", "1024", "--ranks", "2,128", "--heads", "4", "--key-heads", "2", "--json", str(report)]
     )
     rows = json.loads(report.read_text())["rows"]
+    # Every pattern in every layout, on few ranks and on many.
     assert len(rows) == 2 * (len(script["DENSE"]) + 3 * len(script["PATTERNS"]))
     assert all(row["balance"] >= 1 and row["bytes"] >= row["busiest_bytes"] >= 0 for row in rows)
     # Heads, an empty line, the heads of the columns, for each setting an empty line and a title; four lines of steps.

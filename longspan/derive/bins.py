@@ -1,10 +1,14 @@
-"""Bins: how many pairs of a pattern fall into each cell of a coarse grid, exactly and without a mask.
+"""Bins: how many pairs of a pattern fall into each cell of a coarse grid, or to each query, without a mask.
 
 Every rectangle of the pattern has a cumulative count, the pairs before a query place and before a key place. It is
 read where the edges of the grid cut the rectangle, and differences between neighbouring edges are what a cell holds.
+For single queries it is enough to write down where a rectangle begins and ends.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -74,42 +78,130 @@ def bins(
     )
 
 
+def degrees(
+    pattern: Pattern,
+    *,
+    length: int | None = None,
+    queries: range | None = None,
+    keys: range | None = None,
+) -> np.ndarray:
+    """Return how many pairs of the pattern of one head each query reads, counted as often as read.
+
+    Law: exact, `degrees(...)[i]` is the sum of row `i` of the mask. What it takes grows with the queries and with the
+    blocks of the pattern, not with the pairs.
+
+    Args:
+        pattern: an expression without heads or names, as `at_head` returns it.
+        length: number of tokens, short for both ranges.
+        queries, keys: absolute positions.
+
+    Returns:
+        int64 array `[queries]`.
+
+    Raises:
+        ShapeError: a range that is missing or negative.
+
+    Example:
+        >>> from longspan.pattern import Causal, Window
+        >>> degrees(Causal() & Window(3), length=6).tolist()
+        [1, 2, 3, 3, 3, 3]
+    """
+    queries, keys = extent(length, queries, keys)
+    return sum(
+        (
+            _degrees(region, len(queries))
+            for term in terms(pattern)
+            for region in regions(term, queries, keys, size=SIZE)
+        ),
+        start=np.zeros(len(queries), dtype=np.int64),
+    )
+
+
+@dataclass(frozen=True)
+class _Rectangles:
+    """The rectangles of a region and of those that equal it: where each begins, as indices, its places and kind."""
+
+    tile: Tile
+    times: int
+    top: np.ndarray
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    kind: np.ndarray
+
+    @classmethod
+    def of(cls, region: Region) -> _Rectangles:
+        found = cheapest(region.term, region.queries, region.keys)
+        again = np.arange(region.times)[:, None]
+        top, left = (
+            (first + again * advance + start).ravel()
+            for first, advance, start in zip(
+                (region.query, region.key), region.advance, _starts(found, slice(None)), strict=True
+            )
+        )
+        height, width, kind = (np.tile(fact, region.times) for fact in (*found.extents(), found.kind))
+        return cls(Tile(region.term, found), region.times, top, left, height, width, kind)
+
+    def partial(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield numbers of some partial rectangles, cumulative counts of blocks, and which are those of each."""
+        once = np.flatnonzero(self.tile.blocks.kind == PARTIAL)
+        looks, sample = _looks(self.tile, once)
+        looks = np.tile(looks, self.times)
+        numbers = np.flatnonzero(self.kind == PARTIAL)
+        for some in _few(np.argsort(looks, kind="stable")):
+            first = looks[some[0]]
+            yield (
+                numbers[some],
+                _tables(self.tile, once[sample[first : looks[some[-1]] + 1]]),
+                looks[some] - first,
+            )
+
+
 def _binned(region: Region, query_edges: np.ndarray, key_edges: np.ndarray) -> np.ndarray:
     """Return the pairs of a region, and of those that equal it, between neighbouring edges."""
-    found = cheapest(region.term, region.queries, region.keys)
-    tile = Tile(region.term, found)
-    heights, widths = (np.tile(extent, region.times) for extent in found.extents())
-    again = np.arange(region.times)[:, None]
-    tops, lefts = (
-        (first + again * advance + start).ravel()
-        for first, advance, start in zip(
-            (region.query, region.key), region.advance, _starts(found, slice(None)), strict=True
-        )
-    )
-    rows = _before(tops, found.query_side.step, heights, query_edges)
-    columns = _before(lefts, found.key_side.step, widths, key_edges)
-    kind = np.tile(found.kind, region.times)
+    found = _Rectangles.of(region)
+    rows = _before(found.top, found.tile.blocks.query_side.step, found.height, query_edges)
+    columns = _before(found.left, found.tile.blocks.key_side.step, found.width, key_edges)
     # Products of whole numbers are exact in float64 here, and far faster than in int64.
-    full = kind == FULL
+    full = found.kind == FULL
     total = (rows[full].T.astype(np.float64) @ columns[full].astype(np.float64)).astype(np.int64)
-    for some in _few(np.flatnonzero(kind == TRIANGLE)):
+    for some in _few(np.flatnonzero(found.kind == TRIANGLE)):
         a, b = rows[some, :, None], columns[some, None, :]
         across = np.minimum(a, b)
         total += (a * across - across * (across - 1) // 2).sum(axis=0)
     pairs = _differences(total)
-    partial = np.flatnonzero(found.kind == PARTIAL)
-    looks, sample = _looks(tile, partial)
-    looks = np.tile(looks, region.times)
-    partials = np.flatnonzero(kind == PARTIAL)
-    order = np.argsort(looks, kind="stable")
-    for some in _few(order):
-        first = looks[some[0]]
-        tables = _tables(tile, partial[sample[first : looks[some[-1]] + 1]])
-        row, a = _nearby(rows[partials[some]])
-        column, b = _nearby(columns[partials[some]])
-        inside = _differences(tables[(looks[some] - first)[:, None, None], a[:, :, None], b[:, None, :]])
+    for some, tables, look in found.partial():
+        row, a = _nearby(rows[some])
+        column, b = _nearby(columns[some])
+        inside = _differences(tables[look[:, None, None], a[:, :, None], b[:, None, :]])
         np.add.at(pairs, (row[:, :, None], column[:, None, :]), inside)
     return pairs
+
+
+def _degrees(region: Region, queries: int) -> np.ndarray:
+    """Return the pairs of a region, and of those that equal it, of each of so many queries."""
+    found = _Rectangles.of(region)
+    step = found.tile.blocks.query_side.step
+    # A rectangle takes queries a step apart, so it ends within its residue class, which may be past the last query.
+    end = found.top + step * found.height
+    classes = np.zeros((2, -(-queries // step) + 1, step), dtype=np.int64)
+    change, rise = classes.reshape(2, -1)
+    full, triangle = found.kind == FULL, found.kind == TRIANGLE
+    np.add.at(change, found.top[full], found.width[full])
+    np.subtract.at(change, end[full], found.width[full])
+    # The first query of a triangle reads one key, and each further one reads one more.
+    np.add.at(rise, found.top[triangle], 1)
+    np.subtract.at(rise, end[triangle], 1)
+    np.subtract.at(change, end[triangle], found.height[triangle])
+    for some, tables, look in found.partial():
+        within = np.diff(np.take_along_axis(tables[look], found.width[some, None, None], axis=2)[:, :, 0])
+        place = np.arange(within.shape[1])
+        inside = place < found.height[some, None]
+        query = found.top[some, None] + step * place
+        np.add.at(change, query[inside], within[inside])
+        np.subtract.at(change, (query + step)[inside], within[inside])
+    classes[0] += classes[1].cumsum(axis=0)
+    return classes[0].cumsum(axis=0).ravel()[:queries]
 
 
 def _differences(cumulative: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from longspan.derive.bins import bins
+from longspan.derive.bins import bins, degrees
 from longspan.derive.strand import strands
 from longspan.errors import ShapeError, message
 from longspan.layout import Layout
@@ -20,6 +20,8 @@ _ABREAST = 1 << 18
 _ASKED = 1 << 20
 # Tokens of a chunk whose pairs are counted query by query.
 _PERIOD = 1 << 14
+# Queries whose pairs are held at a time.
+_QUERIES = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
@@ -222,15 +224,23 @@ def _look(
     bracket = pattern.count(q, _progression(keys))
     empty = np.broadcast_to(bracket.empty, first.shape)
     settled = np.broadcast_to(bracket.full, first.shape).copy()
-    # One pair that is read settles a rectangle: the queries at both ends are asked about its keys, or some of them.
-    asked = np.flatnonzero(~empty & ~settled)
-    if len(asked):
-        places = int((keys["stop"] - keys["start"]).max())
-        some = np.arange(0, places, max(1, places * len(asked) // _ASKED))
-        at = np.minimum(some, (keys["stop"] - keys["start"])[asked, None] - 1)
-        key = keys["low"][asked, None] + at * keys["step"][asked, None]
-        for query in (low[asked, None], high[asked, None]):
-            settled[asked] |= (np.broadcast_to(pattern.count(query, key), key.shape) > 0).any(axis=1)
+    # One pair that is read settles a rectangle: of some of its keys, and first the query at the key or the next one,
+    # for most patterns read what is near, then the queries at both ends.
+    for nearest in (True, False):
+        asked = np.flatnonzero(~empty & ~settled)
+        if len(asked):
+            places = int((keys["stop"] - keys["start"]).max())
+            some = np.arange(0, places, max(1, places * len(asked) // _ASKED))
+            at = np.minimum(some, (keys["stop"] - keys["start"])[asked, None] - 1)
+            key = keys["low"][asked, None] + at * keys["step"][asked, None]
+            begin, end = low[asked, None], high[asked, None]
+            if nearest:
+                step = np.maximum(1, pieces["step"][asked, None])
+                queries = [np.clip(begin - (begin - key) // step * step, begin, end)]
+            else:
+                queries = [begin, end]
+            for query in queries:
+                settled[asked] |= (np.broadcast_to(pattern.count(query, key), key.shape) > 0).any(axis=1)
     return empty, settled
 
 
@@ -283,9 +293,7 @@ def _load(pattern: Pattern, layout: Layout) -> np.ndarray:
 
         return np.array([sum(up_to(p.stop) - up_to(p.start) for p in shard) for shard in layout.shards])
     if layout.name not in ("contiguous", "zigzag"):
-        return np.array(
-            [sum(_pairs(pattern, piece, layout.length) for piece in shard) for shard in layout.shards]
-        )
+        return _by_query(pattern, layout)
     # Neighbouring positions are bins of one count over the whole text.
     chunks = layout.ranks * (2 if layout.name == "zigzag" else 1)
     binned = bins(pattern, length=layout.length, cells=(chunks, 1))[:, 0]
@@ -314,5 +322,20 @@ def _before(pattern: Pattern, period: int) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(counted)])
 
 
-def _pairs(pattern: Pattern, queries: range, length: int) -> int:
-    return int(bins(pattern, queries=queries, keys=range(length), cells=(1, 1)).item())
+def _by_query(pattern: Pattern, layout: Layout) -> np.ndarray:
+    """Return the pairs of each rank from those of every query, of some queries after the other."""
+    pairs = np.zeros(layout.ranks, dtype=np.int64)
+    for first in range(0, layout.length, _QUERIES):
+        some = range(first, min(layout.length, first + _QUERIES))
+        read = degrees(pattern, queries=some, keys=range(layout.length))
+        for rank, shard in enumerate(layout.shards):
+            for piece in shard:
+                begin, end = (_places_before(piece, edge) for edge in (some.start, some.stop))
+                met = piece[begin:end]
+                pairs[rank] += read[met.start - first : met.stop - first : met.step].sum()
+    return pairs
+
+
+def _places_before(piece: range, position: int) -> int:
+    """Return how many positions of a piece lie before one of the text."""
+    return min(len(piece), max(0, -((piece.start - position) // piece.step)))
