@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ LAYERS = [
     {"layout", "frequency", "score", "text", "pattern"},
     {"derive"},
     {"kernel"},
-    {"attend"},
+    {"attention"},
     {"rope"},
     {"cache", "ring"},
     {"hf"},
@@ -148,6 +149,49 @@ def test_promised_names_are_frozen():
 
 
 def test_optional_packages_stay_unimported():
-    program = "import sys, longspan; print(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert OPTIONAL.isdisjoint(done.stdout.split())
+    assert OPTIONAL.isdisjoint(loaded("from longspan import *"))
+
+
+def test_names_are_loaded_when_they_are_used():
+    """Type checkers read imports that do not run: these are the promised names, from where they come."""
+    block = next(
+        node for node in ast.parse((ROOT / "__init__.py").read_text()).body if isinstance(node, ast.If)
+    )
+    read = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert sorted(read) == NAMES
+    for name, module in read.items():
+        assert getattr(longspan, name) is getattr(import_module(module), name)
+    assert set(NAMES) <= set(dir(longspan))
+    assert "torch" not in loaded("import longspan; dir(longspan)")
+    # Parts are found, too, and `attend` stays the function once its module is loaded.
+    assert "torch" in loaded("import longspan; longspan.pattern.Window; assert callable(longspan.attend)")
+    with pytest.raises(AttributeError, match="module 'longspan' has no attribute 'nothing'"):
+        _ = longspan.nothing
+
+
+def test_help_does_not_wait_for_torch():
+    """Of the command and of each of its commands, whatever they load once they run."""
+    program = """
+from longspan.cli import app
+for name in ("", "extend", "eval", "plan", "read", "digest", "show", "demo"):
+    try:
+        app([*filter(None, [name]), "--help"])
+    except SystemExit as left:
+        assert not left.code
+"""
+    commands = {path.stem for path in (ROOT / "cli").glob("*.py") if "def command(" in path.read_text()}
+    assert commands == {"extend", "eval", "plan", "read", "digest", "show", "demo"}
+    assert {"torch", "numpy", "transformers", "matplotlib"}.isdisjoint(loaded(program))
+
+
+def loaded(program: str) -> set[str]:
+    """Return the modules that a fresh process holds after a program."""
+    report = f"{program}\nimport sys\nprint(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", report], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attend import attend_with_lse
+from longspan.attention import attend_with_lse
 from longspan.cache.origin import moved
 from longspan.cache.outlook import bias_of
 from longspan.cache.shelf import Shelf

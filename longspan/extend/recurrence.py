@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from longspan.attend import attend
+from longspan.attention import attend
 from longspan.cache.origin import moved
 from longspan.errors import InputError, PlanError, message
 from longspan.hf.batch import Batch

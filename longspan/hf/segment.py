@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.attend import attend
+from longspan.attention import attend
 from longspan.pattern import Pattern
 from longspan.score import Score
 

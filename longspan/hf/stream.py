@@ -9,7 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from longspan.attend import attend_with_lse
+from longspan.attention import attend_with_lse
 from longspan.cache.form import Form, check
 from longspan.errors import InputError, PatternError, message
 from longspan.hf.attention import attention_modules

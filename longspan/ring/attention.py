@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from longspan.attend import attend as attend_alone
+from longspan.attention import attend as attend_alone
 from longspan.errors import LongspanError, message
 from longspan.layout import Layout
 from longspan.pattern import Pattern

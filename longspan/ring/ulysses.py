@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.attend import attend as attend_alone
+from longspan.attention import attend as attend_alone
 from longspan.layout import Layout
 from longspan.pattern import PerHead
 from longspan.ring.plan import Plan
