@@ -6,6 +6,7 @@ Patterns enter it while a graph is traced, and stay as long as a graph may ask f
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from longspan.errors import PlanError, message
 from longspan.kernel import native, sdpa
 from longspan.kernel.frame import Work
+from longspan.kernel.operation import operation
 from longspan.kernel.plan import head_groups
 from longspan.kernel.sides import one_sided_groups
 from longspan.pattern import Pattern
@@ -69,92 +71,55 @@ def numbered(pattern: Pattern) -> int:
     return _numbers[pattern]
 
 
-def _work(
-    query: Tensor, key: Tensor, slopes: list[float] | None, number: int, start: int, step: int, scale: float
-) -> Work:
-    queries = range(start, start + step * query.shape[2], step)
-    steep = None if slopes is None else tuple(slopes)
-    return work(_patterns[number], query.shape[1], queries, key.shape[2], scale, steep)
-
-
 def pattern_of(number: int) -> Pattern:
     """Return the pattern of a number."""
     return _patterns[number]
 
 
-@torch.library.custom_op("longspan::attend", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    slopes: list[float] | None,
-    number: int,
-    start: int,
-    step: int,
-    scale: float,
-    kernel: str,
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *facts: Any
 ) -> tuple[Tensor, Tensor]:
-    asked = _work(query, key, slopes, number, start, step, scale)
-    return KERNELS[kernel].forward(query, key, value, sinks, asked)
+    kernel, asked = _asked(query, key, *facts)
+    return kernel.forward(query, key, value, sinks, asked)
 
 
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    exact = torch.promote_types(query.dtype, torch.float32)
-    output = query.new_empty(*query.shape[:3], value.shape[3])
-    return output, query.new_empty(query.shape[:3], dtype=exact)
-
-
-@torch.library.custom_op("longspan::attend_backward", mutates_args=())
-def _attend_backward(
-    grad_output: Tensor,
-    grad_lse: Tensor,
+def _backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     sinks: Tensor | None,
     output: Tensor,
     lse: Tensor,
+    *facts: Any,
+) -> tuple[Tensor | None, ...]:
+    kernel, asked = _asked(query, key, *facts)
+    grad_output = torch.zeros_like(output) if grad_output is None else grad_output
+    grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
+    return kernel.backward(grad_output, grad_lse, query, key, value, sinks, output, lse, asked)
+
+
+def _asked(
+    query: Tensor,
+    key: Tensor,
     slopes: list[float] | None,
     number: int,
     start: int,
     step: int,
     scale: float,
     kernel: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    asked = _work(query, key, slopes, number, start, step, scale)
-    grads = KERNELS[kernel].backward(grad_output, grad_lse, query, key, value, sinks, output, lse, asked)
-    # An operation gives tensors of its own, and none of them is left out.
-    sinks_grad = lse.new_zeros(0) if grads[3] is None else grads[3]
-    return grads[0].contiguous(), grads[1].contiguous(), grads[2].contiguous(), sinks_grad
+) -> tuple[ModuleType, Work]:
+    """Return the kernel that runs, and what it is asked."""
+    queries = range(start, start + step * query.shape[2], step)
+    steep = None if slopes is None else tuple(slopes)
+    return KERNELS[kernel], work(_patterns[number], query.shape[1], queries, key.shape[2], scale, steep)
 
 
-@_attend_backward.register_fake
-def _(
-    grad_output: Tensor,
-    grad_lse: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = [side.new_empty(side.shape) for side in (query, key, value)]
-    return made[0], made[1], made[2], lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, sinks, *ctx.rest = inputs
-    ctx.save_for_backward(query, key, value, sinks, *output)
-
-
-def _differentiate(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    made = _attend_backward(grad_output, grad_lse, *ctx.saved_tensors, *ctx.rest)
-    sinks = made[3] if ctx.saved_tensors[3] is not None else None
-    return (*made[:3], sinks, *[None] * len(ctx.rest))
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend = operation(
+    "attend",
+    _forward,
+    _backward,
+    facts="float[]? slopes, SymInt number, SymInt start, SymInt step, float scale, str kernel",
+    lay=Tensor.contiguous,
+)
