@@ -243,3 +243,34 @@ def test_heads_that_would_count_places_differently_are_refused():
             rotate=turned(Plain()),
             places="cache",
         )
+
+
+def test_pages_of_a_window_go_on_lying_side_by_side():
+    """Four caches of four heads in one pool: what each has read is at two or three places however long it goes on."""
+    pool = Pool(4 * 4 * 14, size=4, width=8)
+    caches = [Cache(SlidingWindow(32), heads=4, block=16, storage=pool) for _ in range(4)]
+    stretches = []
+    for _ in range(600):
+        for one in caches:
+            one.attend(*(torch.randn(1, 4, 1, 8) for _ in range(3)))
+            table = one._shelves[0].storage.table
+            stretches.append((table.diff(dim=2) != 1).sum(2) + 1)
+    late = torch.stack([torch.as_tensor(found) for found in stretches[400:]]).float()
+    assert late.mean() < 2 and late.max() <= 4
+
+
+def test_what_a_pool_gives_is_what_it_has():
+    pool = Pool(10, size=2, width=8)
+    first = pool.take(torch.tensor([0, 0]), 2)
+    assert [row.diff().tolist() for row in first] == [[1], [1]]
+    # Each goes on behind its last page, as far as that is vacant, and elsewhere after.
+    second = pool.take(first[:, -1], 3)
+    given = torch.cat([first, second], dim=1)
+    assert sorted(given.flatten().tolist()) == list(range(1, 11)) and pool.free == 0
+    with pytest.raises(ShapeError, match="no pages left"):
+        pool.take(torch.tensor([0]), 1)
+    pool.hold(given[0])
+    pool.give_back(given)
+    assert pool.free == 5 and pool.shared(given).sum() == 0
+    pool.give_back(given[0])
+    assert pool.free == 10

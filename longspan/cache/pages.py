@@ -2,12 +2,16 @@
 
 A row of a batch holds a table of pages. Rows and forks with the same beginning share its pages, counted by how many hold
 them, and a page that several hold is copied when one of them writes.
+
+The pages of a table lie side by side as far as that can be: a processor fetches memory ahead that lies in a row.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -68,53 +72,83 @@ class Pool:
         self.pages, self.size = pages, size
         self.key = torch.zeros((pages + 1, size, width), dtype=dtype, device=device)
         self.value = torch.zeros((pages + 1, size, value_width), dtype=dtype, device=device)
-        self._holders = torch.zeros(pages + 1, dtype=torch.int64)
-        # What is nobody's is never one's own.
+        # Arrays of NumPy, for tensors made in inference mode may not be changed outside of it.
+        self._holders = np.zeros(pages + 1, dtype=np.int64)
+        # What is nobody's is never one's own, and never given away; nor is what lies behind the end.
         self._holders[_NOBODY] = 2
-        self._free = list(range(pages, _NOBODY, -1))
-
-    @property
-    def free(self) -> int:
-        """Pages that nobody holds."""
-        return len(self._free)
+        self._vacant = np.ones(pages + 2, dtype=bool)
+        self._vacant[[_NOBODY, pages + 1]] = False
+        self.free = pages
 
     @property
     def page_bytes(self) -> int:
         """Bytes of a page, key and value."""
         return (self.key[0].numel() + self.value[0].numel()) * self.key.element_size()
 
-    def take(self, number: int) -> Tensor:
-        """Return so many pages, held once, or raise ShapeError and change nothing."""
-        if number > len(self._free):
+    def check(self, number: int) -> None:
+        """Raise ShapeError where there are not so many pages left."""
+        if number > self.free:
             raise ShapeError(
                 message(
                     "The pool has no pages left for these tokens.",
                     {
                         "wanted": f"{number} pages of {self.size} tokens of one key head",
-                        "left": f"{len(self._free)} of {self.pages}",
+                        "left": f"{self.free} of {self.pages}",
                     },
                     fix="a larger Pool, shorter texts, or cache.reset() on those that are done",
                 )
             )
-        taken = torch.tensor([self._free.pop() for _ in range(number)], dtype=torch.int64)
+
+    def take(self, after: Tensor, each: int) -> Tensor:
+        """Return so many pages for each of some lists, held once, or raise ShapeError and change nothing.
+
+        Args:
+            after: the page that those of a list are to come after, int64 `[lists]`; 0 for a list without one.
+            each: pages of a list.
+
+        Returns:
+            int64 `[lists, each]`. A list goes on in the page behind its last one, and starts where most room is left
+            to go on, in the middle of it, so that what was there may go on too.
+        """
+        self.check(len(after) * each)
+        taken = np.empty((len(after), each), dtype=np.int64)
+        for pages, last in zip(taken, after.tolist(), strict=True):
+            page, done = last + 1 if last != _NOBODY else _NOBODY, 0
+            while done < each:
+                if not self._vacant[page]:
+                    page = self._roomiest(each - done)
+                stretch = self._vacant[page : page + each - done]
+                found = len(stretch) if stretch.all() else int(stretch.argmin())
+                pages[done : done + found] = np.arange(page, page + found)
+                self._vacant[page : page + found] = False
+                page, done = page + found, done + found
         self._holders[taken] = 1
-        return taken
+        self.free -= taken.size
+        return torch.from_numpy(taken)
+
+    def _roomiest(self, wanted: int) -> int:
+        """Return where to start with so many pages: so that the longest stretch of vacant ones is left on both sides."""
+        edges = np.flatnonzero(self._vacant[1:] != self._vacant[:-1]) + 1
+        begins, lengths = edges[::2], edges[1::2] - edges[::2]
+        most = int(lengths.argmax())
+        return int(begins[most]) + max(0, int(lengths[most]) - wanted) // 2
 
     def hold(self, pages: Tensor) -> None:
         """Count one more holder for each page, as often as it is listed."""
-        # Anew, for what was made in inference mode may not be changed outside of it.
-        self._holders = self._holders + torch.bincount(pages.flatten(), minlength=self.pages + 1)
+        np.add.at(self._holders, pages.numpy(), 1)
 
     def give_back(self, pages: Tensor) -> None:
         """Count one holder less for each page, as often as it is listed; pages without any are free."""
-        listed = pages[pages != _NOBODY]
-        self._holders = self._holders - torch.bincount(listed, minlength=self.pages + 1)
-        touched = listed.unique()
-        self._free.extend(touched[self._holders[touched] == 0].tolist())
+        listed = pages.numpy()
+        listed = listed[listed != _NOBODY]
+        np.subtract.at(self._holders, listed, 1)
+        left = np.unique(listed[self._holders[listed] == 0])
+        self._vacant[left] = True
+        self.free += len(left)
 
     def shared(self, pages: Tensor) -> Tensor:
         """Say which pages more than one holds."""
-        return self._holders[pages] > 1
+        return torch.from_numpy(self._holders[pages.numpy()] > 1)
 
 
 class Pages:
@@ -150,7 +184,8 @@ class Pages:
         self._list(torch.zeros((*key.shape[:2], 0), dtype=torch.int64))
 
     def __del__(self) -> None:
-        if hasattr(self, "table"):
+        # When Python ends, what this needs may be gone already.
+        if hasattr(self, "table") and not sys.is_finalizing():
             self.release()
 
     @property
@@ -190,15 +225,21 @@ class Pages:
         # Only the last page is written to again, if it has slots left.
         tail = self.table[:, :, self.table.shape[2] - bool(self._open) :]
         crowded = self.pool.shared(tail)
-        taken = self.pool.take(int(crowded.sum()) + more * self.table.shape[0] * self.table.shape[1])
-        copies, fresh = taken[: int(crowded.sum())], taken[int(crowded.sum()) :]
-        if len(copies):
-            before = tail[crowded]
+        before = tail[crowded]
+        last = (
+            self.table[:, :, -1:] if self.table.shape[2] else self.table.new_zeros((*self.table.shape[:2], 1))
+        )
+        # Before anything is changed.
+        self.pool.check(len(before) + more * last.numel())
+        if len(before):
+            copies = self.pool.take(torch.zeros_like(before), 1)[:, 0]
             for pages in (self.pool.key, self.pool.value):
                 pages[copies] = pages[before]
             self.pool.give_back(before)
             tail[crowded] = copies
-        self._list(torch.cat([self.table, fresh.reshape(*self.table.shape[:2], more)], dim=2))
+        if more > 0:
+            fresh = self.pool.take(last.flatten(), more)
+            self._list(torch.cat([self.table, fresh.view(*last.shape[:2], more)], dim=2))
         self._own = True
 
     def read(self) -> tuple[Tensor, Tensor]:

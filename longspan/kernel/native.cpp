@@ -1126,16 +1126,18 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
     gather(query + at * share * width, width, share, width, (float)(scale * LOG2E), queries, wide, share);
     std::fill(sums, sums + share * value_wide, 0.0f);
 
-    // Call with stretches of slots of one page, each with the number of its first slot among all pages.
+    // Call with stretches of slots that lie in a row, each with the number of its first slot among all pages.
     const int64_t* table = slots.table + (slots.table ? at * slots.pages : 0);
     auto stretches = [&](const T* from, int64_t across, int64_t most, auto action) {
         for (int64_t slot = begin, number; slot < end; slot += number) {
-            const int64_t place = slot % slots.size;
-            number = std::min({most, end - slot, slots.size - place});
-            const int64_t page = slots.table ? table[slot / slots.size] : at;
-            // No processor guesses where the next page lies.
-            if (slots.table && !place && slot + slots.size < end) {
-                const char* ahead = (const char*)(from + table[slot / slots.size + 1] * slots.size * across);
+            const int64_t place = slot % slots.size, page = slots.table ? table[slot / slots.size] : at;
+            int64_t in_row = slots.size - place, next = slot / slots.size + 1;
+            while (slots.table && in_row < most && slot + in_row < end && table[next] == table[next - 1] + 1)
+                in_row += slots.size, next++;
+            number = std::min({most, end - slot, in_row});
+            // No processor guesses where a page lies that is not the one behind.
+            if (slots.table && number == in_row && slot + number < end && table[next] != table[next - 1] + 1) {
+                const char* ahead = (const char*)(from + table[next] * slots.size * across);
                 for (int64_t byte = 0; byte < slots.size * across * (int64_t)sizeof(T); byte += 64)
                     __builtin_prefetch(ahead + byte);
             }
