@@ -4,11 +4,12 @@ Each pattern is measured in a process of its own: its plan for the long text wit
 fewest seconds of two forward and backward passes of the long text, and of several of the short one, half of them before
 and half after. Seconds are those of the processor. "Growth" is the time of a token of the long text over that of a token of
 the short one. "Workspace" is the most memory that the process held in the passes of the long text beyond what it held
-before and the output or the gradients. Inputs are float32 of width 64, 0.27 GB a tensor and head at 1,048,576 tokens;
+before and the output or the gradients. Inputs are of width 64, in float32 0.27 GB a tensor and head at 1,048,576 tokens;
 a process needs nine of them.
 
     python benchmarks/growth.py --json docs/growth.json
     python benchmarks/growth.py --only S2 --lengths 16384,131072
+    python benchmarks/growth.py --dtype bfloat16 --json docs/growth.bfloat16.json
 """
 
 from __future__ import annotations
@@ -71,11 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "lengths": options.lengths,
         "width": options.width,
+        "dtype": options.dtype,
         "repeats": options.repeats,
         "rows": rows,
     }
     short, long = (f"{length:,}" for length in options.lengths)
-    print(f"{report['machine']}; float32, width {options.width}, {report['threads']} threads, processor time")
+    print(
+        f"{report['machine']}; {options.dtype}, width {options.width}, {report['threads']} threads, processor time"
+    )
     header = ("pattern", "heads", "kernel", "plan ms", "again", f"us a token, {short}", long, "growth")
     print(*aligned([(*header, "workspace MB"), *map(_line, rows)]), sep="\n")
     save(report, options.json)
@@ -95,6 +99,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", metavar="TEXT", help="measure patterns whose names hold this")
     parser.add_argument("--width", type=int, default=64, metavar="N", help="numbers in a head (default: 64)")
     parser.add_argument(
+        "--dtype",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of all tensors (default: float32)",
+    )
+    parser.add_argument(
         "--repeats", type=int, default=8, metavar="N", help="passes of the short text (default: 8)"
     )
     parser.add_argument("--kernel", help="the kernel that runs (default: the first that can)")
@@ -107,7 +117,7 @@ def _in_own_process(number: int, options: argparse.Namespace) -> dict[str, Any]:
     """Return the figures of one case, whose memory no other case has touched."""
     asked = [
         *("--alone", str(number), "--lengths", ",".join(map(str, options.lengths))),
-        *("--width", str(options.width), "--repeats", str(options.repeats)),
+        *("--width", str(options.width), "--repeats", str(options.repeats), "--dtype", options.dtype),
         *(("--kernel", options.kernel) if options.kernel else ()),
     ]
     ran = subprocess.run([sys.executable, __file__, *asked], stdout=subprocess.PIPE, text=True, check=False)
@@ -121,7 +131,13 @@ def _measured(number: int, options: argparse.Namespace) -> dict[str, Any]:
     found = case(number, long), case(number, short)
     assert found[0] is not None and found[1] is not None
     (pattern, heads), (small, _) = found
-    asked = {"length": long, "heads": heads, "width": options.width, "kernel": options.kernel}
+    asked = {
+        "length": long,
+        "heads": heads,
+        "width": options.width,
+        "dtype": options.dtype,
+        "kernel": options.kernel,
+    }
 
     def planned() -> Any:
         return plan(pattern, **asked)
@@ -157,10 +173,10 @@ class _Pass:
     """A forward and a backward pass, and the memory that the last one took beyond its results."""
 
     def __init__(self, pattern: Pattern, heads: int, length: int, options: argparse.Namespace) -> None:
-        shape = (1, heads, length, options.width)
+        shape, dtype = (1, heads, length, options.width), getattr(torch, options.dtype)
         self.pattern, self.kernel = pattern, options.kernel
-        self.inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
-        self.seed = torch.randn(shape)
+        self.inputs = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
+        self.seed = torch.randn(shape, dtype=dtype)
         self.beyond = 0
 
     def run(self) -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,14 +142,64 @@ LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("kernel", ["native", "sdpa"])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"),
+    [("native", torch.float32), ("native", torch.bfloat16), ("sdpa", torch.float32)],
+    ids=["native", "native, bfloat16", "sdpa"],
+)
 @pytest.mark.parametrize("pattern", LINEAR, ids=str)
 def test_a_million_tokens_take_little_memory_beside_their_own(
-    pattern: Pattern, kernel: str, monkeypatch: pytest.MonkeyPatch
+    pattern: Pattern, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     # Nothing is run, so nothing need be built.
     monkeypatch.setattr(native, "MISSING", "")
     plan._plan.cache_clear()
-    found = planned(pattern, length=1 << 20, heads=8, kernel=kernel)
+    found = planned(pattern, length=1 << 20, heads=8, kernel=kernel, dtype=dtype)
     plan._plan.cache_clear()
     assert 0 < max(found.workspace) < 256 * 10**6
+
+
+def test_in_bfloat16_no_length_takes_more_beside_a_number_for_each_query():
+    """What is summed up wider than it is given does not grow with the text."""
+    shorter, longer = (native.workspace(8, n, n, 64, "bfloat16") for n in (1 << 20, 1 << 24))
+    for one, other in zip(shorter, longer, strict=True):
+        assert other - one == 4 * 8 * ((1 << 24) - (1 << 20))
+
+
+def _memory(name: str) -> int:
+    """Return a number of bytes that Linux tells of this process."""
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    return next(1024 * int(line[1]) for line in lines if line[0] == f"{name}:")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the most memory of a process is read as Linux tells it")
+@pytest.mark.skipif(bool(native.MISSING), reason=f"native {native.MISSING}")
+@pytest.mark.parametrize(
+    "pattern",
+    [SlidingWindow(64), LongMixed(64, dilation=512), LongNet((128, 512), (1, 4)), BigBird(16), Streaming(60)],
+    ids=str,
+)
+def test_bfloat16_is_summed_up_in_the_room_there_is(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
+    """As float32, one gradient alone would take 34 MB more."""
+    monkeypatch.setattr(native, "HOLDING", 1 << 22)
+    length, heads = 32_768, 4
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    plan._plan.cache_clear()
+    said = planned(pattern, length=length, heads=heads, dtype=torch.bfloat16, kernel="native").workspace
+    plan._plan.cache_clear()
+    sides = [torch.randn(1, heads, length, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    seed = torch.randn_like(sides[0])
+
+    def taken(action: Any) -> tuple[int, Any]:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmRSS")
+        results = action()
+        return _memory("VmHWM") - before - sum(result.nbytes for result in results), results
+
+    forward, (output, _) = taken(lambda: attend_with_lse(*sides, pattern, kernel="native"))
+    backward, _ = taken(lambda: torch.autograd.grad(output, sides, seed))
+    # Lists of blocks, and what the system rounds up to.
+    more = 12 * 10**6
+    assert forward < said[0] + more < 34 * 10**6
+    assert backward < said[1] + more < 34 * 10**6

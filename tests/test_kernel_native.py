@@ -16,7 +16,17 @@ from longspan import attend, attend_with_lse, plan
 from longspan.errors import PlanError
 from longspan.kernel import compiler, native
 from longspan.kernel import plan as plan_module
-from longspan.pattern import BigBird, Causal, LongNet, Pattern, PerHead, SlidingWindow
+from longspan.pattern import (
+    SDA,
+    BigBird,
+    Causal,
+    Longformer,
+    LongMixed,
+    LongNet,
+    Pattern,
+    PerHead,
+    SlidingWindow,
+)
 from longspan.score import ALiBi, SoftCap
 
 CPU = torch.device("cpu")
@@ -155,3 +165,53 @@ def test_more_threads_than_key_heads_keep_to_the_formula(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for pattern in (SlidingWindow(40), LongNet((32, 128), (1, 4))):
         check(pattern, tensors(300, 300, torch.float32, CPU, heads=4, key_heads=1, batch=1), "native")
+
+
+STRETCHED = [
+    SlidingWindow(40),
+    BigBird(16, length=301, causal=False),
+    Longformer(9, global_tokens=5, causal=False),
+    SDA(8),
+    LongMixed(16, dilation=8),
+    LongNet((32, 128), (1, 4)),
+    PerHead([SlidingWindow(9), Causal(), SDA(4), LongNet((4, 16), (1, 2))]),
+]
+
+
+@needed
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("keys", [16, 40, 200])
+@pytest.mark.parametrize("pattern", STRETCHED, ids=str)
+def test_gradients_of_bfloat16_are_the_same_in_any_room(
+    pattern: Pattern, keys: int, threads: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Room for the sums of some keys at a time, with and without room for what rounding leaves out in between."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for key_heads in (1, 2, 4):
+        given = tensors(301, 301, torch.bfloat16, CPU, key_heads=key_heads, batch=1, width=20)
+        into = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+
+        def gradients(given: list[torch.Tensor] = given, into: torch.Tensor = into) -> list[torch.Tensor]:
+            leaves = [side.detach().requires_grad_() for side in given]
+            output = attend(*leaves, pattern, kernel="native")
+            return [output, *torch.autograd.grad(output, leaves, into)]
+
+        truth = gradients()
+        with monkeypatch.context() as changed:
+            changed.setattr(native, "HOLDING", keys * 8 * 32 * threads)
+            for got, right in zip(gradients(), truth, strict=True):
+                # One unit in the last place, and a 256th of one for each stretch before.
+                torch.testing.assert_close(got, right, rtol=2**-7, atol=1e-4)
+            changed.setattr(native, "LEFT", 0)
+            check(pattern, given, "native")
+
+
+@needed
+def test_what_bfloat16_leaves_out_between_levels_is_kept(monkeypatch: pytest.MonkeyPatch):
+    """Rounded at every level, an output would be one unit in the last place off now and then."""
+    pattern = LongNet((32, 128, 301), (1, 2, 4))
+    given = tensors(301, 301, torch.bfloat16, CPU, batch=1)
+    exact = attend(*(side.float() for side in given), pattern, kernel="native").to(torch.bfloat16)
+    assert (attend(*given, pattern, kernel="native") != exact).float().mean() < 0.01
+    monkeypatch.setattr(native, "LEFT", 0)
+    assert (attend(*given, pattern, kernel="native") != exact).float().mean() > 0.05

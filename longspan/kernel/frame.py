@@ -16,7 +16,7 @@ from torch import Tensor
 
 from longspan.kernel.calls import HeadGroup
 from longspan.kernel.finite import cleared, spoiled
-from longspan.kernel.rows import sinks_gradient, with_sinks
+from longspan.kernel.rows import sinks_gradient, with_sinks, without_silent
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +43,20 @@ class Frame:
     """A kernel made of its two sums.
 
     Attributes:
-        sums: output and log-sum-exp of query, key and value, in float32 at least, and whether all is finite, the query
-            too; the output may be wider.
+        sums: output and log-sum-exp of query, key and value, and whether all is finite, the query too; log-sum-exps are
+            float32 at least, outputs in any dtype and wider where that helps. Learned sinks are given too where it
+            takes them.
         slopes: the gradients of query, key and value, which may be wider, and whether all is finite, given these, the
-            gradient of the output, the output, the log-sum-exp and its gradient.
+            gradient of the output, the output, the log-sum-exp and its gradient or None. Nothing flows into the
+            log-sum-exp of a row that read nothing, whatever its gradient.
         marks: the dtype in which the kernel counts who reads what.
+        sinks: whether `sums` takes learned sinks that are numbers, or minus infinity for none.
     """
 
     sums: Callable[..., tuple[Tensor, Tensor, bool]]
     slopes: Callable[..., tuple[list[Tensor], bool]]
     marks: torch.dtype
+    sinks: bool = False
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, work: Work
@@ -64,16 +68,17 @@ class Frame:
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, work: Work
     ) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp."""
-        output, lse = self._contained(query, key, value, work)
+        own = sinks is not None and self.sinks and bool((sinks < torch.inf).all())
+        output, lse = self._contained(query, key, value, work, *((sinks,) if own else ()))
         output = output[..., : value.shape[-1]]
-        if sinks is not None:
+        if sinks is not None and not own:
             output, lse = with_sinks(output, lse, sinks)
         return output.to(query.dtype).contiguous(), lse
 
     def backward(
         self,
         grad_output: Tensor,
-        grad_lse: Tensor,
+        grad_lse: Tensor | None,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -82,12 +87,12 @@ class Frame:
         lse: Tensor,
         work: Work,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return the gradients for query, key, value and sinks."""
+        """Return the gradients for query, key, value and sinks; no gradient of the log-sum-exp is one of 0."""
         grad_output = grad_output.to(query.dtype)
-        grad_lse = grad_lse.masked_fill(lse.isneginf(), 0.0)
-        grad_sinks = None if sinks is None else sinks_gradient(grad_output, grad_lse, output, lse, sinks)
-        # A row that read nothing has only masked scores, so any finite number serves it.
-        lse = lse.masked_fill(lse.isneginf(), 0.0)
+        grad_sinks = None
+        if sinks is not None:
+            _, into = without_silent(lse, grad_lse)
+            grad_sinks = sinks_gradient(grad_output, into, output, lse, sinks)
         grads = self._contained_gradients(query, key, value, grad_output, output, lse, grad_lse, work)
         made = [
             grad[..., : side.shape[-1]].to(query.dtype)
@@ -95,16 +100,20 @@ class Frame:
         ]
         return made[0], made[1], made[2], grad_sinks
 
-    def _contained(self, query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor]:
+    def _contained(
+        self, query: Tensor, key: Tensor, value: Tensor, work: Work, *sinks: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp, NaN in the rows that read or are what is not finite, and only there."""
-        output, lse, finite = self.sums(query, key, value, work)
+        output, lse, finite = self.sums(query, key, value, work, *sinks)
         if finite:
             return output, lse
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if not (rows.any() or keys.any()):
             return output, lse
-        output, lse, _ = self.sums(cleared(query, rows), cleared(key, keys), cleared(value, keys), work)
-        struck = (rows | self._readers(keys, query, work)) & ~lse.isneginf()
+        finite_sides = cleared(query, rows), cleared(key, keys), cleared(value, keys)
+        output, lse, _ = self.sums(*finite_sides, work, *sinks)
+        reading = self._readers(torch.ones_like(keys), query, work) if sinks else ~lse.isneginf()
+        struck = (rows | self._readers(keys, query, work)) & reading
         return output.masked_fill_(struck.unsqueeze(-1), torch.nan), lse.masked_fill_(struck, torch.nan)
 
     def _contained_gradients(
@@ -115,7 +124,7 @@ class Frame:
         grad_output: Tensor,
         output: Tensor,
         lse: Tensor,
-        grad_lse: Tensor,
+        grad_lse: Tensor | None,
         work: Work,
     ) -> list[Tensor]:
         """Return the gradients, NaN for the rows that are not finite and for the keys that they read, and only
@@ -124,6 +133,7 @@ class Frame:
         grads, all_finite = self.slopes(*sides, lse, grad_lse, work)
         if all_finite:
             return grads
+        lse, grad_lse = without_silent(lse, grad_lse)
         keys = spoiled(key) | spoiled(value)
         rows = spoiled(query) | spoiled(grad_output) | spoiled(output) | ~(lse + grad_lse).isfinite()
         if not (rows.any() or keys.any()):
@@ -152,9 +162,7 @@ class Frame:
             *torch.zeros(2, *key.shape[:-1], 1, dtype=self.marks, device=key.device),
         )
         _, lse, _ = self.sums(*sides, _plainly(work))
-        lse = lse.masked_fill(lse.isneginf(), 0.0)
-        nothing = torch.zeros_like(lse)
-        grads, _ = self.slopes(*sides, marks, nothing.unsqueeze(-1), lse, nothing, _plainly(work))
+        grads, _ = self.slopes(*sides, marks, torch.zeros_like(lse).unsqueeze(-1), lse, None, _plainly(work))
         return grads[2][..., 0] > 0
 
 
@@ -166,11 +174,14 @@ class _Attend(torch.autograd.Function):
         output, lse = frame.forward(query, key, value, sinks, work)
         ctx.save_for_backward(query, key, value, sinks, output, lse)
         ctx.work, ctx.frame = work, frame
+        ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_output: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_output is None:
+            grad_output = torch.zeros_like(ctx.saved_tensors[4])
         return (
             *ctx.frame.backward(grad_output, grad_lse, *ctx.saved_tensors, ctx.work),
             None,

@@ -15,6 +15,7 @@
 #include <deque>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <thread>
 #include <unordered_map>
 #include <utility>
@@ -48,6 +49,12 @@ constexpr int GAP = 16;
 constexpr int64_t CLOSE = 128;
 // Queries that one thread does all levels of, at least.
 constexpr int64_t SECTION = 2048;
+// Keys at both ends of a text whose gradients are held as long as there are any, since all may read them.
+constexpr int64_t HELD = 256;
+// Parts of what room there is for gradients of keys, taken where they do as well, and the fewest keys of such a part.
+constexpr int64_t THINNER[] = {64, 16, 4}, FEW = 4096;
+// Memory above this is laid out in large pages.
+constexpr int64_t MAPPED = 1 << 25;
 // Scores of pairs that are not read, and what maxima below which nothing was read.
 constexpr float UNREAD = -1e38f, SILENT = -1e37f;
 // Bits of a strip of which all is read.
@@ -56,6 +63,9 @@ constexpr double LOG2E = 1.4426950408889634;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -329,12 +339,19 @@ struct Part {
 // What is asked, as `native.py` lays it out. Strides are counted in numbers.
 struct Work {
     Side query, key, value, grad_output, result;
-    float *output, *lse, *grad_lse;
-    float *grad_query, *grad_key, *grad_value;
+    void* output;
+    // Gradients of log-sum-exps are 0 where there are none; learned sinks are one for each head, or there are none.
+    float* lse;
+    const float *grad_lse, *sinks;
+    // Of bfloat16 as they are asked for; of float32 keys and values filled up to whole strips.
+    void *grad_query, *grad_key, *grad_value;
     const int64_t* heads;
     const Part* parts;
     int64_t batch, heads_read, heads_all, share, queries, keys, width, value_width, parts_number, brief, threads;
     int64_t splits;
+    // Of bfloat16, bytes for all threads together: for gradients of keys, and for what rounding leaves out of rows that are
+    // added to later. Where that would take more it is left out indeed, once for each stretch of keys that a row reads.
+    int64_t holding, left;
     // Set where a row of the output, or of the gradient of a query, is not finite.
     mutable int64_t odd;
     float scale;
@@ -405,6 +422,8 @@ struct Outline {
 struct Block {
     int64_t start, step, rows;
     int level;
+    // Blocks go by this, and by their levels: where a query has several, in the order of their levels.
+    int64_t order;
     std::vector<Run> runs;
 
     uint64_t present() const { return rows == ROWS ? ~0ull : (1ull << rows) - 1; }
@@ -420,8 +439,24 @@ struct Schedule {
     std::vector<std::vector<const Block*>> levels;
     // Queries that no block of the first level has: what they are added to is 0 before.
     std::vector<int64_t> unwritten;
+    // Queries between which all those lie, in one section, that have come and will come again.
+    int64_t spread = 0;
     std::deque<Outline> outlines;
 };
+
+// How far apart at most what has come lies that is to come again, where things come one after the other; `ends` gives
+// the first of a thing and what is behind its last.
+template <class Thing, class Ends>
+int64_t spread(const Thing* things, size_t number, Ends ends) {
+    std::vector<int64_t> least(number + 1, std::numeric_limits<int64_t>::max());
+    for (size_t at = number; at--;) least[at] = std::min(least[at + 1], ends(things[at]).first);
+    int64_t most = 0, widest = 0;
+    for (size_t at = 0; at < number; at++) {
+        most = std::max(most, ends(things[at]).second);
+        widest = std::max(widest, most - least[at]);
+    }
+    return widest;
+}
 
 Schedule schedule(const Work& work) {
     Schedule made;
@@ -444,7 +479,7 @@ Schedule schedule(const Work& work) {
                         if (blocks[at].step == part.query.step && blocks[at].rows == rows) block = &blocks[at];
                     if (!block) {
                         known[start].push_back(blocks.size());
-                        blocks.push_back({start, part.query.step, rows, 0, {}});
+                        blocks.push_back({start, part.query.step, rows, 0, start, {}});
                         block = &blocks.back();
                     }
                     Run run{key, part.key.step, columns, words, first, part.causal != 0,
@@ -455,13 +490,17 @@ Schedule schedule(const Work& work) {
                 }
     }
     std::vector<int> touched(work.queries, 0);
+    std::vector<int64_t> orders(work.queries, 0);
     for (Block& block : blocks) {
-        for (int64_t r = 0; r < block.rows; r++)
+        for (int64_t r = 0; r < block.rows; r++) {
             block.level = std::max(block.level, touched[block.start + r * block.step]);
+            block.order = std::max(block.order, orders[block.start + r * block.step]);
+        }
         for (int64_t r = 0; r < block.rows; r++) {
             int& level = touched[block.start + r * block.step];
             if (block.level && !level) made.unwritten.push_back(block.start + r * block.step);
             level = block.level + 1;
+            orders[block.start + r * block.step] = block.order;
         }
     }
     for (int64_t query = 0; query < work.queries; query++)
@@ -474,7 +513,12 @@ Schedule schedule(const Work& work) {
         while (last < blocks.size() && (blocks[last].start < end || end < blocks[first].start + SECTION))
             end = std::max(end, blocks[last].end()), last++;
         std::stable_sort(blocks.begin() + first, blocks.begin() + last,
-                         [](const Block& one, const Block& other) { return one.level < other.level; });
+                         [](const Block& one, const Block& other) {
+                             return one.order != other.order ? one.order < other.order : one.level < other.level;
+                         });
+        made.spread = std::max(made.spread, spread(blocks.data() + first, last - first, [](const Block& block) {
+                                   return std::make_pair(block.start, block.end());
+                               }));
         made.sections.push_back(last);
     }
     for (const Block& block : blocks) {
@@ -484,8 +528,42 @@ Schedule schedule(const Work& work) {
     return made;
 }
 
+// Ask the system to lay fresh memory out in large pages: the first touch of a small one costs more than its bytes.
+void enlarge(void* start, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 1 << 21, first = ((uintptr_t)start + page - 1) & ~(page - 1),
+                    last = ((uintptr_t)start + bytes) & ~(page - 1);
+    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
+// Memory that grows, whatever is in it, or 0 when it is first taken.
+struct Memory {
+    void* held = nullptr;
+    int64_t bytes = 0;
+
+    Memory() = default;
+    Memory(const Memory&) = delete;
+    ~Memory() { std::free(held); }
+
+    void* take(int64_t wanted, bool clear = false) {
+        if (wanted <= bytes) return held;
+        std::free(held);
+        bytes = 0;
+        held = std::malloc(wanted);
+        if (!held) throw std::bad_alloc();
+        bytes = wanted;
+        if (bytes > MAPPED) enlarge(held, bytes);
+        if (clear) std::memset(held, 0, bytes);
+        return held;
+    }
+};
+
 struct Room {
     std::vector<float> held;
+    Memory sums, rest;
 
     float* take(int64_t numbers) {
         held.resize(numbers + 16);
@@ -511,7 +589,6 @@ INLINE void exchanges(Vector (&rows)[LANES]) {
 INLINE Vector as_vector(const float* from) { return load(from); }
 
 INLINE Vector as_vector(const uint16_t* from) {
-    typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
     Halves some;
     std::memcpy(&some, from, sizeof some);
     return (Vector)(__builtin_convertvector(some, Integers) << 16);
@@ -530,6 +607,49 @@ template <class T>
 const T* row(const Side& side, int64_t batch, int64_t head, int64_t place) {
     return (const T*)side.data + batch * side.batch + head * side.head + place * side.row;
 }
+
+// The nearest bfloat16 of numbers, and by how much they are off in units of a 256th of the last place.
+INLINE std::pair<Halves, Bytes> narrowed(Vector given) {
+    const Words bits = (Words)given, near = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Integers number = given == given, off = ((Integers)(bits - (near << 16)) + 128) >> 8;
+    const Integers half = number ? (Integers)near : Integers{} + 0x7fc0;
+    const Integers less = off > 127 ? Integers{} + 127 : off;
+    return {__builtin_convertvector((Words)half, Halves), __builtin_convertvector(less, Bytes)};
+}
+
+// Write a row as bfloat16, and to `rest`, where there is one, what that leaves out.
+INLINE void narrow(const float* from, int64_t width, uint16_t* to, int8_t* rest) {
+    for (int64_t i = 0; i < width; i += LANES) {
+        float some[LANES];
+        const int64_t there = std::min<int64_t>(LANES, width - i);
+        if (there < LANES) std::memcpy(some, from + i, sizeof(float) * there);
+        const std::pair<Halves, Bytes> made = narrowed(there < LANES ? load(some) : load(from + i));
+        if (there == LANES) {
+            std::memcpy(to + i, &made.first, sizeof made.first);
+            if (rest) std::memcpy(rest + i, &made.second, sizeof made.second);
+            continue;
+        }
+        std::memcpy(to + i, &made.first, sizeof(uint16_t) * there);
+        if (rest) std::memcpy(rest + i, &made.second, there);
+    }
+}
+
+// Read what was written so. What was never written is 0 whatever the rest.
+INLINE void widen(const uint16_t* from, const int8_t* rest, int64_t width, float* to) {
+    for (int64_t i = 0; i < width; i++) {
+        const uint32_t less = rest ? (uint32_t)(rest[i] * 256) : 0;
+        const uint32_t bits = from[i] & 0x7fff ? ((uint32_t)from[i] << 16) + less : 0;
+        std::memcpy(to + i, &bits, 4);
+    }
+}
+
+// What bfloat16 leaves out of rows that are added to later, of some queries that lie next to each other.
+struct Rest {
+    int8_t* held;
+    int64_t queries, width;
+
+    int8_t* row(int64_t query) const { return held ? held + query % queries * width : nullptr; }
+};
 
 // Copy rows, wide enough for whole strips, and fill up with 0.
 template <class T>
@@ -773,22 +893,29 @@ struct Strip {
 };
 
 // Write a strip's columns as rows `next` apart.
-void write_rows(const float* columns, int64_t rows, int64_t width, float* to, int64_t next, float* spare) {
+template <class T>
+void write_rows(const float* columns, int64_t rows, int64_t width, T* to, int64_t next, float* spare, const Rest& rest,
+                int64_t query, int64_t step) {
     const int64_t wide = whole(width);
-    const bool direct = rows == STRIP && width == wide;
+    const bool exact = std::is_same_v<T, float>, direct = exact && rows == STRIP && width == wide;
     for (int64_t i = 0; i < wide; i += LANES)
         for (int64_t r = 0; r < STRIP; r += LANES)
             if (direct)
-                transpose(columns + i * STRIP + r, STRIP, to + r * next + i, next);
+                transpose(columns + i * STRIP + r, STRIP, (float*)to + r * next + i, next);
             else
                 transpose(columns + i * STRIP + r, STRIP, spare + r * wide + i, wide);
-    if (!direct)
-        for (int64_t r = 0; r < rows; r++) std::memcpy(to + r * next, spare + r * wide, sizeof(float) * width);
+    if (direct) return;
+    for (int64_t r = 0; r < rows; r++)
+        if constexpr (std::is_same_v<T, float>)
+            std::memcpy(to + r * next, spare + r * wide, sizeof(float) * width);
+        else
+            narrow(spare + r * wide, width, to + r * next, rest.row(query + r * step));
 }
 
 // `ahead` is the block that is done next, or nothing.
 template <class T>
-void forward_block(const Work& work, const Block& block, const Block* ahead, int64_t batch, int64_t head, Room& room) {
+void forward_block(const Work& work, const Block& block, const Block* ahead, int64_t batch, int64_t head, Room& room,
+                   const Rest& rest) {
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
                   value_wide = whole(value_width), widest = std::max(wide, value_wide);
     float* queries =
@@ -797,14 +924,17 @@ void forward_block(const Work& work, const Block& block, const Block* ahead, int
           *spare = total + ROWS, *known = spare + STRIP * widest, *scores = known + STRIP * widest,
           *near_keys = scores + STRIP * DEPTH, *near_values = near_keys + PIECE * wide;
     const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
-    float *out = work.output + at * value_width, *lse = work.lse + at;
+    T* out = (T*)work.output + at * value_width;
+    float* lse = work.lse + at;
     const int64_t out_next = block.step * value_width, query_next = work.query.row * block.step;
 
     Strip strips[STRIPS];
     int number = 0;
     Vector odd[2] = {};
-    std::fill_n(most, ROWS, UNREAD);
-    std::fill_n(total, ROWS, 0.0f);
+    // A learned sink is a key of value 0, the first that is read.
+    const bool sunk = work.sinks && !block.level && work.sinks[head] > UNREAD;
+    std::fill_n(most, ROWS, sunk ? (float)(work.sinks[head] * LOG2E) : UNREAD);
+    std::fill_n(total, ROWS, sunk ? 1.0f : 0.0f);
     for (int64_t first = 0; first < block.rows; first += STRIP) {
         Strip& strip = strips[number++];
         strip = {queries + first * wide, output + first * value_wide, most + first, total + first, first,
@@ -861,26 +991,184 @@ void forward_block(const Work& work, const Block& block, const Block* ahead, int
         float known_lse[STRIP];
         std::fill_n(known_lse, STRIP, UNREAD);
         if (block.level) {
-            columns(out + strip.first * out_next, out_next, strip.rows, value_width, 1.0f, spare, known);
+            const T* before = out + strip.first * out_next;
+            if constexpr (std::is_same_v<T, float>) {
+                columns(before, out_next, strip.rows, value_width, 1.0f, spare, known);
+            } else {
+                std::fill_n(spare, STRIP * value_wide, 0.0f);
+                for (int64_t r = 0; r < strip.rows; r++)
+                    widen(before + r * out_next, rest.row(block.start + (strip.first + r) * block.step), value_width,
+                          spare + r * value_wide);
+                columns((const float*)spare, value_wide, STRIP, value_wide, 1.0f, (float*)nullptr, known);
+            }
             for (int64_t r = 0; r < strip.rows; r++) known_lse[r] = lse[(strip.first + r) * block.step];
         }
         odd[0] += strip.close(block.level ? known : nullptr, known_lse, value_width);
         strip.write_lse(lse + strip.first * block.step, block.step);
-        write_rows(strip.output, strip.rows, value_width, out + strip.first * out_next, out_next, spare);
+        write_rows(strip.output, strip.rows, value_width, out + strip.first * out_next, out_next, spare, rest,
+                   block.start + strip.first * block.step, block.step);
     }
     report(work, odd[0] + odd[1]);
 }
 
+// How keys are walked through, backward. They are counted residue by residue of `step`, `rows` each, and cut into
+// stretches of `size`, whose gradients are summed up by themselves, beside those of `held` keys at either end.
+struct Keyed {
+    int64_t step = 1, rows = 0, size = 0, held = 0;
+
+    int64_t number() const { return step * rows; }
+    int64_t stretches() const { return std::max<int64_t>(1, (number() - 2 * held + size - 1) / size); }
+    // Where a key is counted.
+    int64_t place(int64_t key) const { return step == 1 ? key : key % step * rows + key / step; }
+    int64_t key(int64_t place) const { return step == 1 ? place : place % rows * step + place / rows; }
+    // How far apart the keys of a run are counted; a single key may be any distance from itself.
+    int64_t apart(int64_t run_step) const { return std::max<int64_t>(1, run_step / step); }
+    // How many of places from `first` on, `next` apart, lie before another.
+    static int64_t before(int64_t first, int64_t next, int64_t other) {
+        return other <= first ? 0 : (other - first + next - 1) / next;
+    }
+};
+
+// What is summed up of the gradients of keys: of places from `low` up to `high`, and of held ones if `ends` is set.
+struct Sums {
+    float *key, *value;
+    const Keyed& keyed;
+    int64_t low, high;
+    bool ends;
+
+    // Call with the first and the last of the columns of a run that are summed up, and where the first of them is.
+    template <class Action>
+    void each(const Run& run, Action action) const {
+        const int64_t first = keyed.place(run.key), next = keyed.apart(run.step), held = keyed.held,
+                      tail = keyed.number() - held, from = run.outline->low, to = run.outline->high;
+        auto part = [&](int64_t begin, int64_t end, int64_t at) {
+            const int64_t some = std::max(from, Keyed::before(first, next, begin)),
+                          last = std::min(to, Keyed::before(first, next, end));
+            if (some < last) action(some, last, at + first - begin);
+        };
+        if (ends && held) part(0, held, 0);
+        part(low, high, 2 * held);
+        if (ends && held) part(tail, keyed.number(), held);
+    }
+};
+
+// A block that reads keys of a stretch, whether held ones are its own there, and whether its queries came before.
+struct Visit {
+    uint32_t block;
+    bool ends, joined;
+};
+
+struct Walk {
+    Keyed keyed;
+    std::vector<std::vector<Visit>> stretches;
+    std::vector<int64_t> unwritten;
+    int64_t spread = 0;
+};
+
+// Call with every stretch that a block reads keys of, in no order and more than once.
+template <class Action>
+void stretches(const Keyed& keyed, const Block& block, Action action) {
+    const int64_t low = keyed.held, high = keyed.number() - keyed.held;
+    for (const Run& run : block.runs) {
+        const int64_t first = keyed.place(run.key), next = keyed.apart(run.step);
+        const int64_t from = std::max(run.outline->low, Keyed::before(first, next, low)),
+                      to = std::min(run.outline->high, Keyed::before(first, next, high));
+        if (from >= to) continue;
+        const int64_t begin = first + from * next - low, end = first + (to - 1) * next - low;
+        for (int64_t place = begin; place <= end; place += std::max(next, keyed.size)) action(place / keyed.size);
+        action(end / keyed.size);
+    }
+}
+
+// How often blocks are come by, summed over all of them.
+int64_t visits(const Keyed& keyed, const std::vector<Schedule>& schedules) {
+    std::vector<int64_t> last(keyed.stretches(), 0);
+    int64_t number = 0, at = 0;
+    for (const Schedule& schedule : schedules)
+        for (const Block& block : schedule.blocks) {
+            at++;
+            stretches(keyed, block, [&](int64_t stretch) {
+                number += last[stretch] != at;
+                last[stretch] = at;
+            });
+        }
+    return number;
+}
+
+// Choose how to walk through keys so that blocks are come by seldom, and then with little in hand.
+Keyed choose_keyed(const Work& work, const std::vector<Schedule>& schedules, int64_t most) {
+    int64_t common = 0;
+    for (const Schedule& schedule : schedules)
+        for (const Block& block : schedule.blocks)
+            for (const Run& run : block.runs) common = std::gcd(common, run.step);
+    auto made = [&](int64_t step, int64_t size) {
+        Keyed one{step, (work.keys + step - 1) / step, size, 0};
+        if (one.number() <= size) return one.size = one.number(), one;
+        one.held = std::min(HELD, size / 8);
+        one.size -= 2 * one.held;
+        return one;
+    };
+    Keyed best = made(1, most);
+    int64_t least = visits(best, schedules);
+    if (common > 1 && visits(made(common, most), schedules) < least) {
+        best = made(common, most);
+        least = visits(best, schedules);
+    }
+    for (int64_t thinner : THINNER) {
+        const Keyed one = made(best.step, most / thinner);
+        if (one.size >= FEW && visits(one, schedules) <= least + least / 32) return one;
+    }
+    return best;
+}
+
+Walk walk(const Work& work, const Schedule& schedule, const Keyed& keyed) {
+    const std::vector<Block>& blocks = schedule.blocks;
+    Walk made;
+    made.keyed = keyed;
+    made.stretches.resize(made.keyed.stretches());
+    int64_t before = 0;
+    for (uint32_t at = 0; at < blocks.size(); at++) {
+        int64_t first = -1;
+        stretches(made.keyed, blocks[at], [&](int64_t stretch) {
+            std::vector<Visit>& some = made.stretches[stretch];
+            if (some.empty() || some.back().block != at) some.push_back({at, false, false});
+            if (first < 0 || stretch < first) first = stretch;
+        });
+        // Held keys are read in passing.
+        if (first < 0) made.stretches[first = before].push_back({at, false, false});
+        made.stretches[first].back().ends = true;
+        before = first;
+    }
+    std::vector<bool> touched(work.queries, false);
+    std::vector<const Block*> order;
+    for (std::vector<Visit>& stretch : made.stretches)
+        for (Visit& visit : stretch) {
+            const Block& block = blocks[visit.block];
+            order.push_back(&block);
+            for (int64_t r = 0; r < block.rows; r++) visit.joined |= touched[block.start + r * block.step];
+            for (int64_t r = 0; r < block.rows; r++) {
+                const int64_t query = block.start + r * block.step;
+                if (visit.joined && !touched[query]) made.unwritten.push_back(query);
+                touched[query] = true;
+            }
+        }
+    for (int64_t query = 0; query < work.queries; query++)
+        if (!touched[query]) made.unwritten.push_back(query);
+    made.spread = spread(order.data(), order.size(),
+                         [](const Block* block) { return std::make_pair(block->start, block->end()); });
+    return made;
+}
+
 template <class T>
-void backward_block(const Work& work, const Block& block, int64_t batch, int64_t head, float* grad_key,
-                    float* grad_value, Room& room) {
+void backward_block(const Work& work, const Block& block, int64_t batch, int64_t head, bool joined, const Sums& sums,
+                    const Rest& rest, Room& room) {
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
                   value_wide = whole(value_width);
     float* rows = room.take(ROWS * (3 * wide + 2 * value_wide + 2 * CHUNK + 3));
     float *queries = rows + ROWS * wide, *into = queries + ROWS * wide, *grad_rows = into + ROWS * wide,
           *grads = grad_rows + ROWS * value_wide, *weights = grads + ROWS * value_wide,
           *slopes = weights + ROWS * CHUNK, *lse = slopes + ROWS * CHUNK, *delta = lse + ROWS,
-          *rest = delta + ROWS;
+          *little = delta + ROWS;
     const T* query = row<T>(work.query, batch, head, block.start);
     gather(query, work.query.row * block.step, block.rows, width, (float)(work.scale * LOG2E), rows, wide, ROWS);
     turn(rows, wide, queries);
@@ -892,19 +1180,19 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
     const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
     for (int64_t r = 0; r < ROWS; r++) {
         const bool present = r < block.rows;
-        const double total = present ? work.lse[at + r * block.step] * LOG2E : -UNREAD;
+        // A row that read nothing has only masked scores, so any finite number serves it.
+        const bool silent = present && work.lse[at + r * block.step] == -std::numeric_limits<float>::infinity();
+        const double total = !present ? -UNREAD : silent ? 0 : work.lse[at + r * block.step] * LOG2E;
         lse[r] = (float)total;
-        rest[r] = (float)(total - lse[r]);
-        delta[r] = present ? -work.grad_lse[at + r * block.step] : 0;
+        little[r] = (float)(total - lse[r]);
+        delta[r] = present && !silent && work.grad_lse ? -work.grad_lse[at + r * block.step] : 0;
         if (present) delta[r] += dot(grad_rows + r * value_wide, result + r * work.result.row * block.step, value_width);
     }
     std::memset(into, 0, sizeof(float) * ROWS * wide);
 
     const uint64_t present = block.present();
     const int64_t key_head = head / work.share;
-    for (const Run& run : block.runs)
-        for (int64_t first = 0; first < run.columns; first += CHUNK) {
-            const int64_t number = std::min<int64_t>(CHUNK, run.columns - first);
+    auto chunk = [&](const Run& run, int64_t first, int64_t number, float* grad_key, float* grad_value, int64_t next) {
             const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
             const T* key = row<T>(work.key, batch, key_head, run.key + first * run.step);
             const T* value = row<T>(work.value, batch, key_head, run.key + first * run.step);
@@ -914,19 +1202,19 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
                 const int64_t corner = place * ROWS + from * STRIP;
                 tile<Again>(height, to - from, key + place * key_next, key_next, (const float*)queries + from * STRIP,
                             width, (const uint64_t*)bits, (const float*)lse + from * STRIP,
-                            (const float*)rest + from * STRIP, weights + corner);
+                            (const float*)little + from * STRIP, weights + corner);
                 tile<Slope>(height, to - from, value + place * value_next, value_next,
                             (const float*)grads + from * STRIP, value_width, (const float*)weights + corner,
                             (const float*)delta + from * STRIP, slopes + corner);
-                const int64_t deep = (to - from) * STRIP, to_key = (run.key + (first + place) * run.step);
+                const int64_t deep = (to - from) * STRIP;
                 for (int64_t i = 0; i < value_wide; i += STRIP * ABREAST)
                     tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (value_wide - i) / STRIP),
                                   (const float*)weights + corner, (int64_t)ROWS, (const float*)grad_rows + from * STRIP * value_wide + i,
-                                  value_wide, deep, grad_value + to_key * value_wide + i, run.step * value_wide);
+                                  value_wide, deep, grad_value + place * next * value_wide + i, next * value_wide);
                 for (int64_t i = 0; i < wide; i += STRIP * ABREAST)
                     tile<Collect>(height, (int)std::min<int64_t>(ABREAST, (wide - i) / STRIP),
                                   (const float*)slopes + corner, (int64_t)ROWS, (const float*)rows + from * STRIP * wide + i, wide, deep,
-                                  grad_key + to_key * wide + i, run.step * wide);
+                                  grad_key + place * next * wide + i, next * wide);
             });
             live.each([&](int from, int strips, int64_t low, int64_t top) {
                 for (int64_t i = 0; i < width; i += TALL)
@@ -934,18 +1222,37 @@ void backward_block(const Work& work, const Block& block, int64_t batch, int64_t
                                 (const float*)slopes + low * ROWS + from * STRIP, top - low,
                                 into + i * ROWS + from * STRIP);
             });
-        }
+    };
+    for (const Run& run : block.runs)
+        sums.each(run, [&](int64_t from, int64_t to, int64_t at) {
+            const int64_t next = sums.keyed.apart(run.step);
+            for (int64_t first = from; first < to; first += CHUNK)
+                chunk(run, first, std::min<int64_t>(CHUNK, to - first), sums.key + (at + first * next) * wide,
+                      sums.value + (at + first * next) * value_wide, next);
+        });
 
     Vector odd = {};
     for (int64_t i = 0; i < width * ROWS; i += LANES) odd += load(into + i) - load(into + i);
     report(work, odd);
     turn_back(into, wide, rows);
-    float* out = work.grad_query + at * width;
-    for (int64_t r = 0; r < block.rows; r++)
-        for (int64_t i = 0; i < width; i++) {
-            float& place = out[r * block.step * width + i];
-            place = (block.level ? place : 0) + work.scale * rows[r * wide + i];
+    T* out = (T*)work.grad_query + at * width;
+    for (int64_t r = 0; r < block.rows; r++) {
+        T* place = out + r * block.step * width;
+        float* made = rows + r * wide;
+        if constexpr (std::is_same_v<T, float>) {
+            for (int64_t i = 0; i < width; i++) place[i] = (joined ? place[i] : 0) + work.scale * made[i];
+        } else {
+            int8_t* less = rest.row(block.start + r * block.step);
+            float before[STRIP];
+            for (int64_t i = 0; i < width; i += STRIP) {
+                const int64_t there = std::min<int64_t>(STRIP, width - i);
+                if (joined) widen(place + i, less ? less + i : nullptr, there, before);
+                for (int64_t n = 0; n < there; n++)
+                    made[i + n] = (joined ? before[n] : 0) + work.scale * made[i + n];
+            }
+            narrow(made, width, place, less);
         }
+    }
 }
 
 // Do numbered things on some threads; what each of them does is the same on any number of them.
@@ -985,44 +1292,64 @@ template <class T>
 void forward(const Work& work) {
     const Schedule made = schedule(work);
     fill(work, made.unwritten, [&](int64_t at) {
-        std::fill_n(work.output + at * work.value_width, work.value_width, 0.0f);
-        work.lse[at] = -std::numeric_limits<float>::infinity();
+        std::fill_n((T*)work.output + at * work.value_width, work.value_width, T{});
+        work.lse[at] = work.sinks ? work.sinks[at / work.queries % work.heads_all]
+                                  : -std::numeric_limits<float>::infinity();
     });
     const int64_t rows = work.batch * work.heads_read, sections = made.sections.size() - 1;
-    auto run = [&](const Block& block, const Block* ahead, int64_t row, Room& room) {
-        forward_block<T>(work, block, ahead, row / work.heads_read, work.heads[row % work.heads_read], room);
+    const int64_t wide = whole(work.value_width);
+    const bool rests = std::is_same_v<T, uint16_t> && made.levels.size() > 1;
+    auto room_for = [&](int64_t bytes) { return rests && bytes <= work.left ? bytes : 0; };
+    auto run = [&](const Block& block, const Block* ahead, int64_t row, Room& room, const Rest& rest) {
+        forward_block<T>(work, block, ahead, row / work.heads_read, work.heads[row % work.heads_read], room, rest);
     };
     // All levels of one stretch of one head while it lies in the processor's cache, where that keeps all threads busy.
     if (made.levels.size() <= 1 || rows * sections >= work.threads) {
         share(rows * sections, work.threads, [&](int64_t item, Room& room) {
             const size_t section = item % sections, last = made.sections[section + 1];
+            const int64_t bytes = room_for(made.spread * wide * std::min(rows * sections, work.threads));
+            const Rest rest{bytes ? (int8_t*)room.rest.take(made.spread * wide) : nullptr, made.spread, wide};
             for (size_t at = made.sections[section]; at < last; at++)
-                run(made.blocks[at], at + 1 < made.blocks.size() ? &made.blocks[at + 1] : nullptr, item / sections, room);
+                run(made.blocks[at], at + 1 < made.blocks.size() ? &made.blocks[at + 1] : nullptr, item / sections,
+                    room, rest);
         });
         return;
     }
+    Memory whole_rest;
+    const int64_t bytes = room_for(rows * work.queries * wide);
+    int8_t* held = bytes ? (int8_t*)whole_rest.take(bytes) : nullptr;
     for (const std::vector<const Block*>& level : made.levels)
         share(rows * level.size(), work.threads, [&](int64_t item, Room& room) {
-            run(*level[item % level.size()], nullptr, item / level.size(), room);
+            const int64_t row = item / level.size();
+            run(*level[item % level.size()], nullptr, row, room,
+                {held ? held + row * work.queries * wide : nullptr, work.queries, wide});
         });
 }
 
-template <class T>
-void backward(const Work& work) {
-    // Heads that share keys follow one another and are done by one thread, so that nothing is added to from two sides.
+// Heads that share keys follow one another and are done by one thread, so that nothing is added to from two sides. Returns
+// where those of each key head begin, and where the last ones end.
+std::vector<int64_t> shared(const Work& work) {
     std::vector<int64_t> starts;
     for (int64_t n = 0; n < work.heads_read; n++)
         if (!n || work.heads[n] / work.share != work.heads[n - 1] / work.share) starts.push_back(n);
-    const int64_t groups = starts.size(), key_heads = work.heads_all / work.share;
     starts.push_back(work.heads_read);
+    return starts;
+}
+
+// In float32, gradients of keys are summed up where they are asked for.
+void backward_wide(const Work& work) {
+    const std::vector<int64_t> starts = shared(work);
+    const int64_t groups = starts.size() - 1, key_heads = work.heads_all / work.share;
     const int64_t key_size = work.keys * whole(work.width), value_size = work.keys * whole(work.value_width);
     const Schedule made = schedule(work);
+    const Keyed keyed{1, work.keys, work.keys, 0};
     fill(work, made.unwritten,
-         [&](int64_t at) { std::fill_n(work.grad_query + at * work.width, work.width, 0.0f); });
+         [&](int64_t at) { std::fill_n((float*)work.grad_query + at * work.width, work.width, 0.0f); });
     auto run = [&](const Block& block, int64_t batch, int64_t head, int64_t split, Room& room) {
         const int64_t at = (split * work.batch + batch) * key_heads + head / work.share;
-        backward_block<T>(work, block, batch, head, work.grad_key + at * key_size, work.grad_value + at * value_size,
-                          room);
+        const Sums sums{(float*)work.grad_key + at * key_size, (float*)work.grad_value + at * value_size, keyed, 0,
+                        work.keys, false};
+        backward_block<float>(work, block, batch, head, block.level, sums, {nullptr, 1, 0}, room);
     };
     if (work.splits == 1) {
         share(work.batch * groups, work.threads, [&](int64_t item, Room& room) {
@@ -1040,6 +1367,129 @@ void backward(const Work& work) {
             for (int64_t n = starts[group]; n < starts[group + 1]; n++)
                 for (size_t at = first; at < last; at++) run(*level[at], batch, work.heads[n], split, room);
         });
+}
+
+// Write sums of some places as bfloat16 and clear them; those of further threads lie `apart`.
+void give(const Keyed& keyed, int64_t first, int64_t number, int64_t keys, float* sums, int64_t width, int64_t splits,
+          int64_t apart, uint16_t* to) {
+    const int64_t wide = whole(width);
+    for (int64_t n = 0; n < number; n++, sums += wide) {
+        const int64_t key = keyed.key(first + n);
+        for (int64_t split = 1; split < splits; split++)
+            for (int64_t i = 0; i < width; i++) sums[i] += sums[split * apart + i];
+        if (key < keys) narrow(sums, width, to + key * width, nullptr);
+        for (int64_t split = 0; split < splits; split++) std::fill_n(sums + split * apart, wide, 0.0f);
+    }
+}
+
+// In bfloat16, gradients of keys are summed up stretch by stretch beside what is asked for. All works that have a key head
+// in common are done together: they differ in their heads and parts alone.
+void backward_brief(const Work* works, int64_t number) {
+    const Work& work = works[0];
+    const int64_t wide = whole(work.width), value_wide = whole(work.value_width);
+    const int64_t key_heads = work.heads_all / work.share;
+    // Which heads of which works read each key head.
+    struct Reader {
+        int64_t work, head;
+    };
+    std::vector<std::vector<Reader>> readers(key_heads);
+    std::vector<int64_t> read;
+    // Where they lie is pointed to.
+    std::vector<Schedule> made;
+    made.reserve(number);
+    size_t levels = 0, most_heads = 1;
+    for (int64_t at = 0; at < number; at++) {
+        for (int64_t n = 0; n < works[at].heads_read; n++) {
+            std::vector<Reader>& some = readers[works[at].heads[n] / work.share];
+            if (some.empty()) read.push_back(works[at].heads[n] / work.share);
+            some.push_back({at, works[at].heads[n]});
+            most_heads = std::max(most_heads, some.size());
+        }
+        made.push_back(schedule(works[at]));
+        levels = std::max(levels, made.back().levels.size());
+    }
+    const int64_t groups = read.size(), items = work.batch * groups;
+    const int64_t threads = std::max<int64_t>(1, work.threads);
+    const Keyed keyed = choose_keyed(
+        work, made, std::max<int64_t>(STRIP, work.holding / (4 * (wide + value_wide) * threads)));
+    std::vector<Walk> walks;
+    int64_t spread = 1;
+    for (int64_t at = 0; at < number; at++) {
+        walks.push_back(walk(works[at], made[at], keyed));
+        fill(works[at], walks[at].unwritten,
+             [&](int64_t row) { std::fill_n((uint16_t*)work.grad_query + row * work.width, work.width, 0); });
+        spread = std::max(spread, walks[at].spread);
+    }
+    const int64_t places = 2 * keyed.held + keyed.size, key_size = places * wide, size = places * (wide + value_wide);
+    const int64_t stretches = keyed.stretches();
+    // What is left out of gradients of queries; of all heads that share keys, where they take turns.
+    bool rests = levels > 1 || stretches > 1;
+    if (stretches == 1) most_heads = 1;
+    const int64_t left_bytes = most_heads * spread * wide, all_left_bytes = most_heads * work.queries * wide;
+    // Where there are too few heads for all threads, or too little room, each thread sums up its own of every head.
+    const bool crowded = rests && left_bytes * threads > work.left && all_left_bytes <= work.left;
+    const int64_t splits = items < threads || (threads > 1 && crowded) ? threads : 1;
+    rests = rests && (splits == 1 ? left_bytes * std::min(items, threads) : all_left_bytes) <= work.left;
+    auto sums = [&](float* held, int64_t stretch) {
+        const int64_t low = keyed.held + stretch * keyed.size,
+                      high = std::min(low + keyed.size, keyed.number() - keyed.held);
+        return Sums{held, held + key_size, keyed, low, high, false};
+    };
+    auto give_both = [&](int64_t item, int64_t first, int64_t some, float* held, int64_t at) {
+        const int64_t head = item / groups * key_heads + read[item % groups];
+        give(keyed, first, some, work.keys, held + at * wide, work.width, splits, size,
+             (uint16_t*)work.grad_key + head * work.keys * work.width);
+        give(keyed, first, some, work.keys, held + key_size + at * value_wide, work.value_width, splits, size,
+             (uint16_t*)work.grad_value + head * work.keys * work.value_width);
+    };
+    auto give_stretch = [&](int64_t item, int64_t stretch, float* held) {
+        const Sums some = sums(held, stretch);
+        give_both(item, some.low, some.high - some.low, held, 2 * keyed.held);
+        if (stretch + 1 < stretches) return;
+        give_both(item, 0, keyed.held, held, 0);
+        give_both(item, keyed.number() - keyed.held, keyed.held, held, keyed.held);
+    };
+    auto run = [&](const Reader& reader, const Visit& visit, Sums some, int64_t batch, const Rest& rest, Room& room) {
+        some.ends = visit.ends;
+        backward_block<uint16_t>(works[reader.work], made[reader.work].blocks[visit.block], batch, reader.head,
+                                 visit.joined, some, rest, room);
+    };
+    if (splits == 1) {
+        share(items, threads, [&](int64_t item, Room& room) {
+            float* held = (float*)room.sums.take(sizeof(float) * size, true);
+            int8_t* left = rests ? (int8_t*)room.rest.take(left_bytes) : nullptr;
+            for (int64_t stretch = 0; stretch < stretches; stretch++) {
+                int64_t turn = 0;
+                for (const Reader& reader : readers[read[item % groups]]) {
+                    const Rest rest{left ? left + turn++ % most_heads * spread * wide : nullptr, spread, wide};
+                    for (const Visit& visit : walks[reader.work].stretches[stretch])
+                        run(reader, visit, sums(held, stretch), item / groups, rest, room);
+                }
+                give_stretch(item, stretch, held);
+            }
+        });
+        return;
+    }
+    Memory all_sums, all_rest;
+    float* held = (float*)all_sums.take(sizeof(float) * size * splits, true);
+    int8_t* left = rests ? (int8_t*)all_rest.take(all_left_bytes) : nullptr;
+    for (int64_t item = 0; item < items; item++)
+        for (int64_t stretch = 0; stretch < stretches; stretch++) {
+            int64_t turn = 0;
+            for (const Reader& reader : readers[read[item % groups]]) {
+                const Rest rest{left ? left + turn++ % most_heads * work.queries * wide : nullptr, work.queries, wide};
+                std::vector<std::vector<const Visit*>> by_level(levels);
+                for (const Visit& visit : walks[reader.work].stretches[stretch])
+                    by_level[made[reader.work].blocks[visit.block].level].push_back(&visit);
+                for (const std::vector<const Visit*>& level : by_level)
+                    share(splits, threads, [&](int64_t split, Room& room) {
+                        const size_t first = level.size() * split / splits, last = level.size() * (split + 1) / splits;
+                        for (size_t at = first; at < last; at++)
+                            run(reader, *level[at], sums(held + split * size, stretch), item / groups, rest, room);
+                    });
+            }
+            give_stretch(item, stretch, held);
+        }
 }
 
 // Keys and values that a cache holds in slots, as `slots.py` lays them out. Slots lie in pages of `size`: those that a
@@ -1254,15 +1704,8 @@ int guarded(Action action) {
 
 }  // namespace
 
-// Ask the system to lay fresh memory out in large pages: the first touch of a small one costs more than its bytes.
 extern "C" __attribute__((visibility("default"))) void longspan_large(void* start, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t page = 1 << 21, first = ((uintptr_t)start + page - 1) & ~(page - 1),
-                    last = ((uintptr_t)start + bytes) & ~(page - 1);
-    if (first < last) madvise((void*)first, last - first, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
+    enlarge(start, bytes);
 }
 
 extern "C" __attribute__((visibility("default"))) int longspan_forward(const Work* work) {
@@ -1270,7 +1713,12 @@ extern "C" __attribute__((visibility("default"))) int longspan_forward(const Wor
 }
 
 extern "C" __attribute__((visibility("default"))) int longspan_backward(const Work* work) {
-    return guarded([&] { work->brief ? backward<uint16_t>(*work) : backward<float>(*work); });
+    return guarded([&] { backward_wide(*work); });
+}
+
+// Of bfloat16, for some works that have key heads in common.
+extern "C" __attribute__((visibility("default"))) int longspan_backward_brief(const Work* works, int64_t number) {
+    return guarded([&] { backward_brief(works, number); });
 }
 
 // `kind` says how numbers are held: 0 as float32, 1 as bfloat16, 2 in eight bits.

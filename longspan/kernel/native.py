@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from contextlib import suppress
-from ctypes import Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import lru_cache
 
 import numpy as np
@@ -33,6 +33,9 @@ NOT_BUILT = (
 )
 # Tensors that the library takes as they lie.
 SIDES = ("query", "key", "value", "grad_output", "result")
+# In bfloat16, bytes for all threads together: for gradients of keys, and for what rounding leaves out of rows that are
+# added to later.
+HOLDING, LEFT = 3 * 2**25, 2**26
 # Memory above this is mapped for itself by any allocator, and given back when it is free.
 MAPPED = 32 * 2**20
 # Fewer queries than this leave most of a strip empty.
@@ -108,18 +111,24 @@ def area(part: Part) -> int:
     return computed * part.rectangles
 
 
-def workspace(heads: int, queries: int, keys: int, width: int) -> tuple[int, int]:
-    """Return the bytes that are taken beside inputs, outputs and gradients, forward and backward, on one thread.
+def workspace(heads: int, queries: int, keys: int, width: int, dtype: str) -> tuple[int, int]:
+    """Return the bytes that are taken at most beside inputs, outputs and gradients, forward and backward, on one thread.
 
-    Each further thread takes some hundred kilobytes more, and its own gradients of keys where there are fewer heads than
-    threads.
+    Law: what grows with the length is a number for each query. In bfloat16 gradients of keys are summed up in float32 for
+    as many keys at once as there is room for; and where a row is added to more than once, what rounding leaves out of it
+    in between takes a byte for each of its numbers, on one head, as long as there is room.
+    Each further thread takes some hundred kilobytes more, and in float32 its own gradients of keys where there are
+    fewer heads than threads.
     """
     wide = _whole(width)
     forward = 4 * (2 * ROWS * (wide + 1) + STRIP * (2 * wide + DEPTH) + 2 * PIECE * wide)
     backward = 4 * ROWS * (5 * wide + 2 * CHUNK + 3)
     rows = 4 * heads * queries
+    if dtype == "bfloat16":
+        left = min(queries * wide, LEFT)
+        return forward + rows + left, backward + rows + left + min(8 * wide * keys, HOLDING)
     filled = 2 * 4 * heads * keys * (wide - width)
-    return forward + rows, backward + 3 * rows + filled
+    return forward + rows, backward + rows + filled
 
 
 class _Side(Structure):
@@ -131,10 +140,11 @@ class _Work(Structure):
 
     _fields_ = [
         *((name, _Side) for name in SIDES),
-        *((name, c_void_p) for name in ("output", "lse", "grad_lse", "grad_query", "grad_key", "grad_value")),
-        *((name, c_void_p) for name in ("heads", "parts")),
+        *((name, c_void_p) for name in ("output", "lse", "grad_lse", "sinks")),
+        *((name, c_void_p) for name in ("grad_query", "grad_key", "grad_value", "heads", "parts")),
         *((name, c_int64) for name in ("batch", "heads_read", "heads_all", "share", "queries", "keys")),
         *((name, c_int64) for name in ("width", "value_width", "parts_number", "brief", "threads", "splits")),
+        *((name, c_int64) for name in ("holding", "left")),
         ("odd", c_int64),
         ("scale", c_float),
     ]
@@ -200,51 +210,73 @@ def _run(
     sides: Sequence[Tensor],
     *,
     splits: int = 1,
-    **others: Tensor,
+    **others: Tensor | None,
 ) -> bool:
     """Call the library for every group of heads, and say whether all outputs or gradients of queries are finite.
 
-    `others` are contiguous float32 tensors that it reads or fills.
+    `others` are contiguous tensors that it reads or fills: float32, or outputs and gradients as wide as the query.
     """
     query, key, value = sides[:3]
     assert _library is not None
-    finite = True
     if not query.numel() or not key.shape[2]:
-        return finite
+        return True
+    brief = query.dtype == torch.bfloat16
+    asked, kept = [], []
     for members, parts in _joined(work.groups):
         table, _ = _table(parts)
         heads = (c_int64 * len(members))(*members)
-        asked = _Work(
-            **{
-                name: _Side(side.data_ptr(), *side.stride()[:3])
-                for name, side in zip(SIDES, sides, strict=False)
-            },
-            **{name: other.data_ptr() for name, other in others.items()},
-            heads=ctypes.cast(heads, c_void_p),
-            parts=table.ctypes.data,
-            batch=query.shape[0],
-            heads_read=len(heads),
-            heads_all=query.shape[1],
-            share=query.shape[1] // key.shape[1],
-            queries=query.shape[2],
-            keys=key.shape[2],
-            width=query.shape[3],
-            value_width=value.shape[3],
-            parts_number=len(table),
-            brief=query.dtype == torch.bfloat16,
-            threads=torch.get_num_threads(),
-            splits=splits,
-            scale=work.scale,
+        kept.append((table, heads))
+        asked.append(
+            _Work(
+                **{
+                    name: _Side(side.data_ptr(), *side.stride()[:3])
+                    for name, side in zip(SIDES, sides, strict=False)
+                },
+                **{name: other.data_ptr() for name, other in others.items() if other is not None},
+                heads=ctypes.cast(heads, c_void_p),
+                parts=table.ctypes.data,
+                batch=query.shape[0],
+                heads_read=len(heads),
+                heads_all=query.shape[1],
+                share=query.shape[1] // key.shape[1],
+                queries=query.shape[2],
+                keys=key.shape[2],
+                width=query.shape[3],
+                value_width=value.shape[3],
+                parts_number=len(table),
+                brief=brief,
+                threads=torch.get_num_threads(),
+                splits=splits,
+                holding=HOLDING,
+                left=LEFT,
+                scale=work.scale,
+            )
         )
-        if getattr(_library, f"longspan_{direction}")(ctypes.byref(asked)):
-            raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
-        finite &= not asked.odd
-    return finite
+    if direction == "backward" and brief:
+        called = [(_library.longspan_backward_brief, (_Work * len(some))(*some)) for some in _sharing(asked)]
+        failed = [call(some, c_int64(len(some))) for call, some in called]
+        asked = [each for _, some in called for each in some]
+    else:
+        call = getattr(_library, f"longspan_{direction}")
+        failed = [call(ctypes.byref(each)) for each in asked]
+    if any(failed):
+        raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
+    return not any(each.odd for each in asked)
 
 
-def _fresh(*shape: int) -> Tensor:
-    """Return memory for float32 numbers, whatever they are."""
-    made = torch.empty(shape, dtype=torch.float32)
+def _sharing(asked: list[_Work]) -> list[list[_Work]]:
+    """Return works apart from each other, or all together where two of them have a key head in common."""
+    heads = [ctypes.cast(each.heads, POINTER(c_int64)) for each in asked]
+    read = [
+        {own[n] // each.share for n in range(each.heads_read)} for own, each in zip(heads, asked, strict=True)
+    ]
+    apart = sum(map(len, read)) == len(set().union(*read))
+    return [[each] for each in asked] if apart else [asked]
+
+
+def _fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return memory for numbers, whatever they are."""
+    made = torch.empty(shape, dtype=dtype)
     if made.nbytes > MAPPED:
         assert _library is not None
         _library.longspan_large(c_void_p(made.data_ptr()), c_int64(made.nbytes))
@@ -257,15 +289,19 @@ def _covered(work: Work, query: Tensor, key: Tensor) -> bool:
     return bool(query.numel() and key.shape[2]) and read == query.shape[1]
 
 
-def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
-    """Return output and log-sum-exp over all parts in float32, and whether they are finite."""
+def _sums(
+    query: Tensor, key: Tensor, value: Tensor, work: Work, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor, bool]:
+    """Return output and log-sum-exp over all parts, and whether they are finite."""
     query, key, value = map(_rowed, (query, key, value))
-    output = _fresh(*query.shape[:3], value.shape[3])
+    output = _fresh(*query.shape[:3], value.shape[3], dtype=query.dtype)
     lse = _fresh(*query.shape[:3])
+    if sinks is not None:
+        sinks = sinks.detach().to(torch.float32).contiguous()
     if not _covered(work, query, key):
         output.zero_()
-        lse.fill_(-torch.inf)
-    finite = _run("forward", work, (query, key, value), output=output, lse=lse)
+        lse.copy_(torch.tensor(-torch.inf) if sinks is None else sinks[:, None])
+    finite = _run("forward", work, (query, key, value), output=output, lse=lse, sinks=sinks)
     return output, lse, finite
 
 
@@ -276,20 +312,28 @@ def _slopes(
     grad_output: Tensor,
     output: Tensor,
     lse: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     work: Work,
 ) -> tuple[list[Tensor], bool]:
-    """Return the gradients of query, key and value in float32, and whether they are finite.
+    """Return the gradients of query, key and value, and whether they are finite.
 
-    Those of key and value are filled up to whole strips. What is not finite anywhere makes the gradient of a query so.
+    In float32 those of key and value are filled up to whole strips. What is not finite anywhere makes the gradient of a
+    query so.
     """
     sides = [_rowed(side) for side in (query, key, value, grad_output, output)]
-    # Heads that share keys are done by one thread; where there are too few of them, each thread sums up its own.
-    apart = max(1, query.shape[0] * key.shape[1])
-    splits = max(1, -(-torch.get_num_threads() // apart))
-    grads = [_fresh(splits, *side.shape[:3], _whole(side.shape[3])).zero_() for side in (key, value)]
-    into = _fresh(*query.shape)
-    if not _covered(work, query, key):
+    covered = _covered(work, query, key)
+    into = _fresh(*query.shape, dtype=query.dtype)
+    if query.dtype == torch.bfloat16:
+        splits = 1
+        grads = [_fresh(1, *side.shape, dtype=side.dtype) for side in (key, value)]
+        if not covered:
+            for grad in grads:
+                grad.zero_()
+    else:
+        # Heads that share keys are done by one thread; where there are too few of them, each thread sums up its own.
+        splits = max(1, -(-torch.get_num_threads() // max(1, query.shape[0] * key.shape[1])))
+        grads = [_fresh(splits, *side.shape[:3], _whole(side.shape[3])).zero_() for side in (key, value)]
+    if not covered:
         into.zero_()
     finite = _run(
         "backward",
@@ -297,7 +341,7 @@ def _slopes(
         sides,
         splits=splits,
         lse=lse.contiguous(),
-        grad_lse=grad_lse.contiguous(),
+        grad_lse=None if grad_lse is None else grad_lse.contiguous(),
         grad_query=into,
         grad_key=grads[0],
         grad_value=grads[1],
@@ -305,5 +349,5 @@ def _slopes(
     return [into, *(grad[0] if splits == 1 else grad.sum(dim=0) for grad in grads)], finite
 
 
-_frame = Frame(_sums, _slopes, torch.float32)
+_frame = Frame(_sums, _slopes, torch.float32, sinks=True)
 attend, forward, backward = _frame.attend, _frame.forward, _frame.backward

@@ -111,7 +111,7 @@ class Plan:
             scores = self.heads * len(self.queries) * len(self.keys) * size
             return 4 * scores, 8 * scores
         if self.kernel == "native":
-            return native.workspace(self.heads, len(self.queries), len(self.keys), self.width)
+            return native.workspace(self.heads, len(self.queries), len(self.keys), self.width, self.dtype)
         return sdpa.workspace(
             self.groups, self.heads, len(self.queries), len(self.keys), self.width, self.dtype
         )

@@ -53,6 +53,16 @@ def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
     return output, torch.logaddexp(lse, sink)
 
 
+def without_silent(lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return log-sum-exps and their gradients with 0 for rows that read nothing, into which nothing flows.
+
+    Such a row has only masked scores, so any finite number serves it.
+    """
+    silent = lse.isneginf()
+    into = torch.zeros_like(lse) if grad_lse is None else grad_lse.masked_fill(silent, 0.0)
+    return lse.masked_fill(silent, 0.0), into
+
+
 def sinks_gradient(
     grad_output: Tensor, grad_lse: Tensor, output: Tensor, lse: Tensor, sinks: Tensor
 ) -> Tensor:

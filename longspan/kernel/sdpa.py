@@ -18,7 +18,7 @@ from longspan.kernel.calls import Call, HeadGroup, calls
 from longspan.kernel.frame import Frame, Work
 from longspan.kernel.merge import merge_into
 from longspan.kernel.parts import Lattice, Part
-from longspan.kernel.rows import alike, with_lse_gradient
+from longspan.kernel.rows import alike, with_lse_gradient, without_silent
 from longspan.score import Scores
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -106,10 +106,11 @@ def _accumulated(
     grad_output: Tensor,
     output: Tensor,
     lse: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     work: Work,
 ) -> tuple[list[Tensor], bool]:
     """Return the gradients of query, key and value over all parts, and whether their sums are finite."""
+    lse, grad_lse = without_silent(lse, grad_lse)
     flows = bool(grad_lse.count_nonzero())
     width = _widest(query, value) + LANES * flows
     grads = [torch.zeros(side.shape, dtype=lse.dtype) for side in (query, key, value)]

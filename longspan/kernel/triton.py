@@ -23,7 +23,7 @@ from longspan.kernel.family import plain
 from longspan.kernel.frame import Frame
 from longspan.kernel.lists import squares
 from longspan.kernel.merge import merge_into
-from longspan.kernel.rows import alike, widened
+from longspan.kernel.rows import alike, widened, without_silent
 from longspan.pattern import Pattern, Sum, simplify
 from longspan.score import Scores
 
@@ -190,12 +190,13 @@ def _slopes(
     grad_output: Tensor,
     output: Tensor,
     lse: Tensor,
-    grad_lse: Tensor,
+    grad_lse: Tensor | None,
     work: Work,
 ) -> tuple[list[Tensor], bool]:
     """Return the gradients of query, key and value, and whether all is finite."""
     from longspan.kernel import tiles
 
+    lse, grad_lse = without_silent(lse, grad_lse)
     along = ((grad_output.float() * output.float()).sum(-1) - grad_lse.float()).contiguous()
     query, key, value, grad_output = _taken(query, key, value, grad_output)
     batch, heads, rows, width = query.shape
