@@ -61,7 +61,7 @@ Plan
   layout     contiguous
   computed   33,460,224, 1.03 times the pairs
   flops      8,322,023,424 forward
-  workspace  460.3 kB forward, 394.0 kB backward at most
+  workspace  493.6 kB forward, 394.0 kB backward at most
   kernel     native
   heads 0 to 7
     1 x causal 512 queries by 512 keys

@@ -40,6 +40,8 @@ constexpr int LANES = 4, TALL = 2, ABREAST = 1, ALONE = 2;
 #endif
 // Queries in a block, queries in a strip (what is skipped or computed as one), and vectors in a strip.
 constexpr int ROWS = 64, STRIP = 16, STRIPS = ROWS / STRIP, VECTORS = STRIP / LANES;
+// Blocks that go through the same keys together, forward.
+constexpr int TEAM = 2;
 // Keys between two looks at the maximum, forward and backward; keys that all strips of a block go through one strip
 // after the other.
 constexpr int DEPTH = 144, CHUNK = 96, PIECE = 2 * DEPTH;
@@ -422,7 +424,7 @@ struct Outline {
 struct Block {
     int64_t start, step, rows;
     int level;
-    // Blocks go by this, and by their levels: where a query has several, in the order of their levels.
+    // Blocks go by sections of this, and in them by their levels: where a query has several, in the order of their levels.
     int64_t order;
     std::vector<Run> runs;
 
@@ -514,7 +516,8 @@ Schedule schedule(const Work& work) {
             end = std::max(end, blocks[last].end()), last++;
         std::stable_sort(blocks.begin() + first, blocks.begin() + last,
                          [](const Block& one, const Block& other) {
-                             return one.order != other.order ? one.order < other.order : one.level < other.level;
+                             const int64_t before = one.order / SECTION, after = other.order / SECTION;
+                             return before != after ? before < after : one.level < other.level;
                          });
         made.spread = std::max(made.spread, spread(blocks.data() + first, last - first, [](const Block& block) {
                                    return std::make_pair(block.start, block.end());
@@ -912,54 +915,94 @@ void write_rows(const float* columns, int64_t rows, int64_t width, T* to, int64_
             narrow(spare + r * wide, width, to + r * next, rest.row(query + r * step));
 }
 
-// `ahead` is the block that is done next, or nothing.
+// Neighbours in a schedule whose runs begin at the same keys, or a single block.
+struct Team {
+    const Block* blocks = nullptr;
+    int number = 0;
+};
+
+// The teams of some blocks.
+std::vector<Team> teams(const Block* blocks, size_t number) {
+    std::vector<Team> made;
+    for (size_t at = 0; at < number; at++) {
+        const Block& block = blocks[at];
+        bool joins = !made.empty() && made.back().number < TEAM;
+        if (joins) {
+            const Block& first = *made.back().blocks;
+            joins = first.level == block.level && first.runs.size() == block.runs.size() && first.step == block.step &&
+                    std::equal(first.runs.begin(), first.runs.end(), block.runs.begin(),
+                               [](const Run& one, const Run& other) {
+                                   return one.key == other.key && one.step == other.step;
+                               });
+        }
+        if (joins)
+            made.back().number++;
+        else
+            made.push_back({&block, 1});
+    }
+    return made;
+}
+
+// `ahead` is the team that is next, or nothing.
 template <class T>
-void forward_block(const Work& work, const Block& block, const Block* ahead, int64_t batch, int64_t head, Room& room,
-                   const Rest& rest) {
+void forward_team(const Work& work, const Team& team, const Team* ahead, int64_t batch, int64_t head, Room& room,
+                  const Rest& rest) {
     const int64_t width = work.width, wide = whole(width), value_width = work.value_width,
                   value_wide = whole(value_width), widest = std::max(wide, value_wide);
     float* queries =
-        room.take(ROWS * (wide + value_wide + 2) + STRIP * (2 * widest + DEPTH) + PIECE * (wide + value_wide));
-    float *output = queries + ROWS * wide, *most = output + ROWS * value_wide, *total = most + ROWS,
-          *spare = total + ROWS, *known = spare + STRIP * widest, *scores = known + STRIP * widest,
-          *near_keys = scores + STRIP * DEPTH, *near_values = near_keys + PIECE * wide;
-    const int64_t at = (batch * work.heads_all + head) * work.queries + block.start;
-    T* out = (T*)work.output + at * value_width;
-    float* lse = work.lse + at;
+        room.take(TEAM * ROWS * (wide + value_wide + 2) + STRIP * (2 * widest + DEPTH) + PIECE * (wide + value_wide));
+    float *output = queries + TEAM * ROWS * wide, *most = output + TEAM * ROWS * value_wide,
+          *total = most + TEAM * ROWS, *spare = total + TEAM * ROWS, *known = spare + STRIP * widest,
+          *scores = known + STRIP * widest, *near_keys = scores + STRIP * DEPTH, *near_values = near_keys + PIECE * wide;
+    // All blocks of a team have one level and one distance between queries.
+    const Block& block = *team.blocks;
+    const int64_t row_of_head = (batch * work.heads_all + head) * work.queries;
     const int64_t out_next = block.step * value_width, query_next = work.query.row * block.step;
 
-    Strip strips[STRIPS];
-    int number = 0;
+    Strip strips[TEAM * STRIPS];
+    int number = 0, counts[TEAM] = {};
     Vector odd[2] = {};
     // A learned sink is a key of value 0, the first that is read.
     const bool sunk = work.sinks && !block.level && work.sinks[head] > UNREAD;
-    std::fill_n(most, ROWS, sunk ? (float)(work.sinks[head] * LOG2E) : UNREAD);
-    std::fill_n(total, ROWS, sunk ? 1.0f : 0.0f);
-    for (int64_t first = 0; first < block.rows; first += STRIP) {
-        Strip& strip = strips[number++];
-        strip = {queries + first * wide, output + first * value_wide, most + first, total + first, first,
-                 std::min<int64_t>(STRIP, block.rows - first), false};
-        if (block.level) fetch(out + first * out_next, out_next, strip.rows, value_width);
-        columns(row<T>(work.query, batch, head, block.start) + first * query_next, query_next, strip.rows, width,
-                (float)(work.scale * LOG2E), spare, strip.queries);
-        // An infinite query whose scores are all minus infinity leaves no trace in the output.
-        for (int64_t i = 0; i < wide * STRIP; i += 2 * LANES)
-            for (int n = 0; n < 2; n++) {
-                const Vector one = load(strip.queries + i + n * LANES);
-                odd[n] += one - one;
-            }
+    std::fill_n(most, TEAM * ROWS, sunk ? (float)(work.sinks[head] * LOG2E) : UNREAD);
+    std::fill_n(total, TEAM * ROWS, sunk ? 1.0f : 0.0f);
+    for (int member = 0; member < team.number; member++) {
+        const Block& own = team.blocks[member];
+        T* out = (T*)work.output + (row_of_head + own.start) * value_width;
+        for (int64_t first = 0; first < own.rows; first += STRIP, counts[member]++) {
+            Strip& strip = strips[number];
+            const int64_t at = STRIP * number++;
+            strip = {queries + at * wide, output + at * value_wide, most + at, total + at, first,
+                     std::min<int64_t>(STRIP, own.rows - first), false};
+            if (block.level) fetch(out + first * out_next, out_next, strip.rows, value_width);
+            columns(row<T>(work.query, batch, head, own.start) + first * query_next, query_next, strip.rows, width,
+                    (float)(work.scale * LOG2E), spare, strip.queries);
+            // An infinite query whose scores are all minus infinity leaves no trace in the output.
+            for (int64_t i = 0; i < wide * STRIP; i += 2 * LANES)
+                for (int n = 0; n < 2; n++) {
+                    const Vector one = load(strip.queries + i + n * LANES);
+                    odd[n] += one - one;
+                }
+        }
     }
 
     const int64_t key_head = head / work.share;
     bool fetched = !ahead;
-    for (const Run& run : block.runs) {
-        const Outline& outline = *run.outline;
-        const int64_t deep = outline.high - outline.low, pieces = (deep + PIECE - 1) / PIECE;
-        const int64_t key_next = work.key.row * run.step, value_next = work.value.row * run.step;
+    for (size_t at = 0; at < block.runs.size(); at++) {
+        const Run& first_run = block.runs[at];
+        int64_t lowest = first_run.outline->low, highest = first_run.outline->high;
+        for (int member = 1; member < team.number; member++) {
+            const Outline& outline = *team.blocks[member].runs[at].outline;
+            if (!outline.high) continue;
+            lowest = highest ? std::min(lowest, outline.low) : outline.low;
+            highest = std::max(highest, outline.high);
+        }
+        const int64_t deep = highest - lowest, pieces = (deep + PIECE - 1) / PIECE;
+        const int64_t key_next = work.key.row * first_run.step, value_next = work.value.row * first_run.step;
         for (int64_t piece = 0; piece < pieces; piece++) {
-            const int64_t begin = outline.low + deep * piece / pieces, end = outline.low + deep * (piece + 1) / pieces;
-            const T* key = row<T>(work.key, batch, key_head, run.key + begin * run.step);
-            const T* value = row<T>(work.value, batch, key_head, run.key + begin * run.step);
+            const int64_t begin = lowest + deep * piece / pieces, end = lowest + deep * (piece + 1) / pieces;
+            const T* key = row<T>(work.key, batch, key_head, first_run.key + begin * first_run.step);
+            const T* value = row<T>(work.value, batch, key_head, first_run.key + begin * first_run.step);
             Keys keys{near_keys, near_values, wide, value_wide};
             // Rows that lie far apart crowd each other out of the processor's cache.
             if (std::is_same_v<T, float> && key_next <= CLOSE && value_next <= CLOSE) {
@@ -968,45 +1011,58 @@ void forward_block(const Work& work, const Block& block, const Block* ahead, int
                 gather(key, key_next, end - begin, width, 1.0f, near_keys, wide, end - begin);
                 gather(value, value_next, end - begin, value_width, 1.0f, near_values, value_wide, end - begin);
             }
-            for (int s = 0; s < number; s++) {
-                if (!fetched) fetch_ahead<T>(work, block, *ahead, batch, head, s);
-                for (const Stretch& stretch : outline.strips[s]) {
-                    const int64_t low = std::max(begin, stretch.low), high = std::min(end, stretch.high);
-                    if (low >= high) continue;
-                    const int64_t chunks = (high - low + DEPTH - 1) / DEPTH,
-                                  chunk = ((high - low + chunks - 1) / chunks + ALONE - 1) / ALONE * ALONE;
-                    for (int64_t place = low; place < high; place += chunk)
-                        strips[s].take(run, stretch, place, std::min(chunk, high - place),
-                                       {keys.key + (place - begin) * keys.key_next,
-                                        keys.value + (place - begin) * keys.value_next, keys.key_next, keys.value_next},
-                                       width, value_width, scores);
+            Strip* strip = strips;
+            for (int member = 0; member < team.number; member++) {
+                const Run& run = team.blocks[member].runs[at];
+                for (int s = 0; s < counts[member]; s++, strip++) {
+                    if (!fetched && member < ahead->number)
+                        fetch_ahead<T>(work, member ? ahead->blocks[member - 1] : team.blocks[team.number - 1],
+                                       ahead->blocks[member], batch, head, s);
+                    for (const Stretch& stretch : run.outline->strips[s]) {
+                        const int64_t low = std::max(begin, stretch.low), high = std::min(end, stretch.high);
+                        if (low >= high) continue;
+                        const int64_t chunks = (high - low + DEPTH - 1) / DEPTH,
+                                      chunk = ((high - low + chunks - 1) / chunks + ALONE - 1) / ALONE * ALONE;
+                        for (int64_t place = low; place < high; place += chunk)
+                            strip->take(run, stretch, place, std::min(chunk, high - place),
+                                        {keys.key + (place - begin) * keys.key_next,
+                                         keys.value + (place - begin) * keys.value_next, keys.key_next,
+                                         keys.value_next},
+                                        width, value_width, scores);
+                    }
                 }
             }
             fetched = true;
         }
     }
 
-    for (int s = 0; s < number; s++) {
-        Strip& strip = strips[s];
-        float known_lse[STRIP];
-        std::fill_n(known_lse, STRIP, UNREAD);
-        if (block.level) {
-            const T* before = out + strip.first * out_next;
-            if constexpr (std::is_same_v<T, float>) {
-                columns(before, out_next, strip.rows, value_width, 1.0f, spare, known);
-            } else {
-                std::fill_n(spare, STRIP * value_wide, 0.0f);
-                for (int64_t r = 0; r < strip.rows; r++)
-                    widen(before + r * out_next, rest.row(block.start + (strip.first + r) * block.step), value_width,
-                          spare + r * value_wide);
-                columns((const float*)spare, value_wide, STRIP, value_wide, 1.0f, (float*)nullptr, known);
+    Strip* next = strips;
+    for (int member = 0; member < team.number; member++) {
+        const Block& own = team.blocks[member];
+        T* out = (T*)work.output + (row_of_head + own.start) * value_width;
+        float* lse = work.lse + row_of_head + own.start;
+        for (int s = 0; s < counts[member]; s++, next++) {
+            Strip& strip = *next;
+            float known_lse[STRIP];
+            std::fill_n(known_lse, STRIP, UNREAD);
+            if (block.level) {
+                const T* before = out + strip.first * out_next;
+                if constexpr (std::is_same_v<T, float>) {
+                    columns(before, out_next, strip.rows, value_width, 1.0f, spare, known);
+                } else {
+                    std::fill_n(spare, STRIP * value_wide, 0.0f);
+                    for (int64_t r = 0; r < strip.rows; r++)
+                        widen(before + r * out_next, rest.row(own.start + (strip.first + r) * block.step), value_width,
+                              spare + r * value_wide);
+                    columns((const float*)spare, value_wide, STRIP, value_wide, 1.0f, (float*)nullptr, known);
+                }
+                for (int64_t r = 0; r < strip.rows; r++) known_lse[r] = lse[(strip.first + r) * block.step];
             }
-            for (int64_t r = 0; r < strip.rows; r++) known_lse[r] = lse[(strip.first + r) * block.step];
+            odd[0] += strip.close(block.level ? known : nullptr, known_lse, value_width);
+            strip.write_lse(lse + strip.first * block.step, block.step);
+            write_rows(strip.output, strip.rows, value_width, out + strip.first * out_next, out_next, spare, rest,
+                       own.start + strip.first * block.step, block.step);
         }
-        odd[0] += strip.close(block.level ? known : nullptr, known_lse, value_width);
-        strip.write_lse(lse + strip.first * block.step, block.step);
-        write_rows(strip.output, strip.rows, value_width, out + strip.first * out_next, out_next, spare, rest,
-                   block.start + strip.first * block.step, block.step);
     }
     report(work, odd[0] + odd[1]);
 }
@@ -1300,25 +1356,34 @@ void forward(const Work& work) {
     const int64_t wide = whole(work.value_width);
     const bool rests = std::is_same_v<T, uint16_t> && made.levels.size() > 1;
     auto room_for = [&](int64_t bytes) { return rests && bytes <= work.left ? bytes : 0; };
-    auto run = [&](const Block& block, const Block* ahead, int64_t row, Room& room, const Rest& rest) {
-        forward_block<T>(work, block, ahead, row / work.heads_read, work.heads[row % work.heads_read], room, rest);
+    // Those of each section follow one another.
+    std::vector<Team> made_teams;
+    std::vector<size_t> starts{0};
+    std::vector<std::vector<const Team*>> levels(made.levels.size());
+    for (int64_t section = 0; section < sections; section++) {
+        const size_t first = made.sections[section], last = made.sections[section + 1];
+        for (const Team& team : teams(made.blocks.data() + first, last - first)) made_teams.push_back(team);
+        starts.push_back(made_teams.size());
+    }
+    for (const Team& team : made_teams) levels[team.blocks->level].push_back(&team);
+    auto run = [&](const Team& team, const Team* ahead, int64_t row, Room& room, const Rest& rest) {
+        forward_team<T>(work, team, ahead, row / work.heads_read, work.heads[row % work.heads_read], room, rest);
     };
     // All levels of one stretch of one head while it lies in the processor's cache, where that keeps all threads busy.
-    if (made.levels.size() <= 1 || rows * sections >= work.threads) {
+    if (levels.size() <= 1 || rows * sections >= work.threads) {
+        const int64_t bytes = room_for(made.spread * wide * std::min(rows * sections, work.threads));
         share(rows * sections, work.threads, [&](int64_t item, Room& room) {
-            const size_t section = item % sections, last = made.sections[section + 1];
-            const int64_t bytes = room_for(made.spread * wide * std::min(rows * sections, work.threads));
             const Rest rest{bytes ? (int8_t*)room.rest.take(made.spread * wide) : nullptr, made.spread, wide};
-            for (size_t at = made.sections[section]; at < last; at++)
-                run(made.blocks[at], at + 1 < made.blocks.size() ? &made.blocks[at + 1] : nullptr, item / sections,
-                    room, rest);
+            for (size_t at = starts[item % sections]; at < starts[item % sections + 1]; at++)
+                run(made_teams[at], at + 1 < made_teams.size() ? &made_teams[at + 1] : nullptr, item / sections, room,
+                    rest);
         });
         return;
     }
     Memory whole_rest;
     const int64_t bytes = room_for(rows * work.queries * wide);
     int8_t* held = bytes ? (int8_t*)whole_rest.take(bytes) : nullptr;
-    for (const std::vector<const Block*>& level : made.levels)
+    for (const std::vector<const Team*>& level : levels)
         share(rows * level.size(), work.threads, [&](int64_t item, Room& room) {
             const int64_t row = item / level.size();
             run(*level[item % level.size()], nullptr, row, room,

@@ -25,6 +25,8 @@ from longspan.score import Scores
 
 # Queries in a block; in a strip, which is what is skipped or computed as one; unread keys that a strip skips at least.
 ROWS, STRIP, GAP = 64, 16, 16
+# Blocks that go through the same keys together, forward.
+TEAM = 2
 # Keys in a chunk, forward and backward, and in what lies ready for all strips of a block.
 DEPTH, CHUNK, PIECE = 144, 96, 288
 NOT_BUILT = (
@@ -121,7 +123,7 @@ def workspace(heads: int, queries: int, keys: int, width: int, dtype: str) -> tu
     fewer heads than threads.
     """
     wide = _whole(width)
-    forward = 4 * (2 * ROWS * (wide + 1) + STRIP * (2 * wide + DEPTH) + 2 * PIECE * wide)
+    forward = 4 * (2 * TEAM * ROWS * (wide + 1) + STRIP * (2 * wide + DEPTH) + 2 * PIECE * wide)
     backward = 4 * ROWS * (5 * wide + 2 * CHUNK + 3)
     rows = 4 * heads * queries
     if dtype == "bfloat16":
