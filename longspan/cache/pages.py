@@ -21,6 +21,8 @@ from longspan.kernel.slots import Slots, readable
 
 # The page of slots that are nobody's; it is never given away.
 _NOBODY = 0
+# Columns that a table has more, when it grows.
+_SPARE = 4
 
 
 class Pool:
@@ -72,7 +74,6 @@ class Pool:
         self.pages, self.size = pages, size
         self.key = torch.zeros((pages + 1, size, width), dtype=dtype, device=device)
         self.value = torch.zeros((pages + 1, size, value_width), dtype=dtype, device=device)
-        # Arrays of NumPy, for tensors made in inference mode may not be changed outside of it.
         self._holders = np.zeros(pages + 1, dtype=np.int64)
         # What is nobody's is never one's own, and never given away; nor is what lies behind the end.
         self._holders[_NOBODY] = 2
@@ -99,7 +100,7 @@ class Pool:
                 )
             )
 
-    def take(self, after: Tensor, each: int) -> Tensor:
+    def take(self, after: np.ndarray, each: int) -> np.ndarray:
         """Return so many pages for each of some lists, held once, or raise ShapeError and change nothing.
 
         Args:
@@ -107,10 +108,27 @@ class Pool:
             each: pages of a list.
 
         Returns:
-            int64 `[lists, each]`. A list goes on in the page behind its last one, and starts where most room is left
+            int64 `[lists, each]`, arrays of NumPy, for tensors of inference mode may not be changed outside of it. A list goes on in the page behind its last one, and starts where most room is left
             to go on, in the middle of it, so that what was there may go on too.
         """
         self.check(len(after) * each)
+        behind = after[:, None] + 1
+        if (
+            each == 1
+            and after.all()
+            and self._vacant[behind].all()
+            and len(set(after.tolist())) == len(after)
+        ):
+            taken = behind
+            self._vacant[taken] = False
+        else:
+            taken = self._stretches(after, each)
+        self._holders[taken] = 1
+        self.free -= taken.size
+        return taken
+
+    def _stretches(self, after: np.ndarray, each: int) -> np.ndarray:
+        """Take pages list by list, in few stretches."""
         taken = np.empty((len(after), each), dtype=np.int64)
         for pages, last in zip(taken, after.tolist(), strict=True):
             page, done = last + 1 if last != _NOBODY else _NOBODY, 0
@@ -122,9 +140,7 @@ class Pool:
                 pages[done : done + found] = np.arange(page, page + found)
                 self._vacant[page : page + found] = False
                 page, done = page + found, done + found
-        self._holders[taken] = 1
-        self.free -= taken.size
-        return torch.from_numpy(taken)
+        return taken
 
     def _roomiest(self, wanted: int) -> int:
         """Return where to start with so many pages: so that the longest stretch of vacant ones is left on both sides."""
@@ -133,22 +149,21 @@ class Pool:
         most = int(lengths.argmax())
         return int(begins[most]) + max(0, int(lengths[most]) - wanted) // 2
 
-    def hold(self, pages: Tensor) -> None:
+    def hold(self, pages: np.ndarray) -> None:
         """Count one more holder for each page, as often as it is listed."""
-        np.add.at(self._holders, pages.numpy(), 1)
+        np.add.at(self._holders, pages, 1)
 
-    def give_back(self, pages: Tensor) -> None:
+    def give_back(self, pages: np.ndarray) -> None:
         """Count one holder less for each page, as often as it is listed; pages without any are free."""
-        listed = pages.numpy()
-        listed = listed[listed != _NOBODY]
+        listed = pages[pages != _NOBODY]
         np.subtract.at(self._holders, listed, 1)
         left = np.unique(listed[self._holders[listed] == 0])
         self._vacant[left] = True
         self.free += len(left)
 
-    def shared(self, pages: Tensor) -> Tensor:
+    def shared(self, pages: np.ndarray) -> np.ndarray:
         """Say which pages more than one holds."""
-        return torch.from_numpy(self._holders[pages.numpy()] > 1)
+        return self._holders[pages] > 1
 
 
 class Pages:
@@ -181,12 +196,17 @@ class Pages:
         self.pool, self.used = pool, 0
         # Slots up to which pages are taken as they are needed, before room is made again.
         self._limit = 0
-        self._list(torch.zeros((*key.shape[:2], 0), dtype=torch.int64))
+        self._list(np.zeros((*key.shape[:2], 0), dtype=np.int64))
 
     def __del__(self) -> None:
         # When Python ends, what this needs may be gone already.
-        if hasattr(self, "table") and not sys.is_finalizing():
+        if hasattr(self, "_columns") and not sys.is_finalizing():
             self.release()
+
+    @property
+    def table(self) -> np.ndarray:
+        """Pages of every row and head, int64 `[batch, heads, pages]`."""
+        return self._columns.numpy()[:, :, : self._pages]
 
     @property
     def free(self) -> int:
@@ -194,8 +214,7 @@ class Pages:
         if self._limit <= self.used + here:
             return here
         # A last page that may be shared needs another in its place. Where the pool runs short, room is made sooner.
-        lists = self.table.shape[0] * self.table.shape[1]
-        pages = self.pool.free // lists - (not self._own)
+        pages = self.pool.free // self._lists - (not self._own)
         return max(here, min(self._limit - self.used, here + pages * self.pool.size))
 
     @property
@@ -205,46 +224,56 @@ class Pages:
 
     @property
     def nbytes(self) -> int:
-        held = self.table.unique()
+        held = np.unique(self.table)
         return int((held != _NOBODY).sum()) * self.pool.page_bytes
 
     def append(self, key: Tensor, value: Tensor) -> None:
         size, end = self.pool.size, self.used + key.shape[2]
-        if not self._own or end > self.table.shape[2] * size:
+        if not self._own or end > self._pages * size:
             self._make_room(end)
         if not self._slots.put(key, value, self.used):
             slots = torch.arange(self.used, end)
-            places = self.table[:, :, slots // size]
+            places = torch.from_numpy(self.table)[:, :, slots // size]
             self.pool.key[places, slots % size] = key
             self.pool.value[places, slots % size] = value
         self.used = end
 
     def _make_room(self, end: int) -> None:
         """Take pages for all slots up to an end, and copies of those that others hold too and that will be written to."""
-        more = -(-end // self.pool.size) - self.table.shape[2]
-        # Only the last page is written to again, if it has slots left.
-        tail = self.table[:, :, self.table.shape[2] - bool(self._open) :]
-        crowded = self.pool.shared(tail)
-        before = tail[crowded]
-        last = (
-            self.table[:, :, -1:] if self.table.shape[2] else self.table.new_zeros((*self.table.shape[:2], 1))
-        )
+        more = max(0, -(-end // self.pool.size) - self._pages)
+        before = np.zeros(0, dtype=np.int64)
+        if not self._own:
+            # Only the last page is written to again, if it has slots left.
+            tail = self.table[:, :, self._pages - bool(self._open) :]
+            crowded = self.pool.shared(tail)
+            before = tail[crowded]
         # Before anything is changed.
-        self.pool.check(len(before) + more * last.numel())
+        self.pool.check(len(before) + more * self._lists)
         if len(before):
-            copies = self.pool.take(torch.zeros_like(before), 1)[:, 0]
+            copies = self.pool.take(np.full_like(before, _NOBODY), 1)[:, 0]
+            to, of = torch.from_numpy(copies), torch.from_numpy(before)
             for pages in (self.pool.key, self.pool.value):
-                pages[copies] = pages[before]
+                pages[to] = pages[of]
             self.pool.give_back(before)
             tail[crowded] = copies
-        if more > 0:
-            fresh = self.pool.take(last.flatten(), more)
-            self._list(torch.cat([self.table, fresh.view(*last.shape[:2], more)], dim=2))
+        if more:
+            self._widen(more)
         self._own = True
 
+    def _widen(self, more: int) -> None:
+        """Take so many pages more for every list."""
+        batch, heads, pages = self.table.shape
+        last = self.table[:, :, -1].flatten() if pages else np.full(batch * heads, _NOBODY)
+        fresh = self.pool.take(last, more)
+        if pages + more > self._columns.shape[2]:
+            self._list(self.table, spare=max(more, pages // 4, _SPARE))
+        self._columns.numpy()[:, :, pages : pages + more] = fresh.reshape(batch, heads, more)
+        self._count(pages + more)
+
     def read(self) -> tuple[Tensor, Tensor]:
+        table = torch.from_numpy(self.table)
         key, value = (
-            pages[self.table].flatten(2, 3)[:, :, : self.used] for pages in (self.pool.key, self.pool.value)
+            pages[table].flatten(2, 3)[:, :, : self.used] for pages in (self.pool.key, self.pool.value)
         )
         return key, value
 
@@ -263,7 +292,7 @@ class Pages:
         at_once = max(1, PIECE // (batch * heads * side[0].numel()))
         first = begin // size
         skip, left = begin - first * size, self.used - first * size
-        for table in self.table[:, :, first:].split(at_once, dim=2):
+        for table in torch.from_numpy(self.table)[:, :, first:].split(at_once, dim=2):
             piece = side.index_select(0, table.flatten().to(side.device)).view(
                 batch, heads, -1, side.shape[2]
             )
@@ -274,12 +303,12 @@ class Pages:
     def keep(self, wanted: Tensor, room: int) -> Tensor:
         size, whole = self.pool.size, self.used // self.pool.size
         origin = kept_slots(wanted[:, : whole * size].reshape(len(wanted), whole, size).any(2))
-        batch, heads, _ = self.table.shape
-        tail = self.table[:, :, whole:]
-        index = origin.clamp(min=0)[:, None].expand(batch, heads, -1)
-        kept = self.table[:, :, :whole].gather(2, index).masked_fill((origin < 0)[:, None], _NOBODY)
+        chosen = origin.cpu().numpy()
+        index = np.broadcast_to(chosen.clip(0)[:, None], (*self.table.shape[:2], chosen.shape[1]))
+        kept = np.take_along_axis(self.table, index, axis=2)
+        kept[np.broadcast_to(chosen[:, None] < 0, kept.shape)] = _NOBODY
         before = self.table
-        self._list(torch.cat([kept, tail], dim=2))
+        self._list(np.concatenate([kept, before[:, :, whole:]], axis=2), spare=room // size + 1)
         self.pool.hold(self.table)
         self.pool.give_back(before)
         slots = (
@@ -301,7 +330,7 @@ class Pages:
     def select(self, rows: Tensor) -> Pages:
         chosen = object.__new__(type(self))
         chosen.pool, chosen.used, chosen._limit = self.pool, self.used, self._limit
-        chosen._list(self.table[rows.cpu()])
+        chosen._list(self.table[rows.cpu().numpy()])
         self.pool.hold(chosen.table)
         # From now on its pages are no longer its alone.
         self._own = False
@@ -312,8 +341,18 @@ class Pages:
         self._list(self.table[:, :, :0])
         self.used = self._limit = 0
 
-    def _list(self, table: Tensor) -> None:
-        self.table = table.contiguous()
-        self._slots = Slots(self.pool.key, self.pool.value, table=self.table)
+    def _list(self, table: np.ndarray, *, spare: int = 0) -> None:
+        """List these pages, with columns for more."""
+        batch, heads, pages = table.shape
+        columns = np.zeros((batch, heads, pages + spare), dtype=np.int64)
+        columns[:, :, :pages] = table
+        # A tensor, so that copies of this and of its slots share one too.
+        self._columns = torch.from_numpy(columns)
+        self._lists = batch * heads
+        self._slots = Slots(self.pool.key, self.pool.value, table=self._columns)
+        self._count(pages)
         # Whether it is known that nobody else holds the last pages.
         self._own = False
+
+    def _count(self, pages: int) -> None:
+        self._pages, self._slots.end = pages, pages * self.pool.size

@@ -57,7 +57,11 @@ class Slots:
     Args:
         key, value: `[rows, heads, slots, width]`, or `[pages, slots, width]` with a table; contiguous.
         scales: of key and value in eight bits, float32 of their shapes with width 1; None for numbers as they are.
-        table: pages of every row and head, int64 `[rows, heads, pages]`, contiguous; None for one buffer.
+        table: pages of every row and head, int64 `[rows, heads, pages]`, contiguous; None for one buffer. More may be
+            written into it later.
+
+    Attributes:
+        end: nothing is written from this slot on, whoever counted wrong.
     """
 
     def __init__(
@@ -85,19 +89,18 @@ class Slots:
             0 if table is None else table.shape[2],
         )
         self._kind, self._at = _KINDS.get(key.dtype), ctypes.addressof(self._slots)
-        # Nothing is written from here on, whoever counted wrong.
-        self._end = key.shape[-2] * (1 if table is None else table.shape[2])
+        self.end = key.shape[-2] * (1 if table is None else table.shape[2])
         self._bytes = batch * heads * (key.shape[-1] + value.shape[-1]) * key.element_size()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Copies lie elsewhere.
-        return _laid, (*self._sides, *self._others)
+        return _laid, (*self._sides, *self._others, self.end)
 
     def put(self, key: Tensor, value: Tensor, slot: int) -> bool:
         """Write one token of every row, `[rows, heads, 1, width]`, into a slot, or say that PyTorch has to."""
         if key.shape[2] != 1 or not readable(key, self._sides[0]) or key.dtype != value.dtype:
             return False
-        if not 0 <= slot < self._end:
+        if not 0 <= slot < self.end:
             return False
         whole = self._kind == _KINDS[torch.int8]
         if not whole and key.dtype != self._sides[0].dtype:
@@ -137,8 +140,10 @@ class Slots:
         return output.to(query.dtype)
 
 
-def _laid(key: Tensor, value: Tensor, scales: Any, table: Any) -> Slots:
-    return Slots(key, value, scales=scales, table=table)
+def _laid(key: Tensor, value: Tensor, scales: Any, table: Any, end: int) -> Slots:
+    slots = Slots(key, value, scales=scales, table=table)
+    slots.end = end
+    return slots
 
 
 def readable(query: Tensor, key: Tensor) -> bool:
