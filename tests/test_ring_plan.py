@@ -70,6 +70,17 @@ def test_what_a_branch_of_longnet_keeps_is_all_that_moves():
     assert received == [[64 * before * 2 * 16 * 4 for before in range(4)]] * 3
 
 
+def test_keys_that_come_anyway_come_once():
+    """On stripes the window of LongNet needs every key, so its long branch asks for none; elsewhere it does."""
+    pattern = LongNet((256, 4_096), (1, 4))
+    made = plan(pattern, striped(4_096, 16), heads=4, width=8)
+    assert (made.threads, made.rest) == ((), pattern)
+    assert (
+        made.moved.sum() == plan(Causal(), striped(4_096, 16), heads=4, width=8, strategy="ring").moved.sum()
+    )
+    assert plan(pattern, contiguous(4_096, 16), heads=4, width=8).threads
+
+
 def test_every_rank_of_ulysses_does_the_same():
     made = plan(Causal(), contiguous(1000, 4), heads=8, strategy="ulysses")
     assert made.balance == 1.0

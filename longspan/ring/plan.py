@@ -272,6 +272,10 @@ def settled(
 ) -> Plan:
     """Return the plan of checked arguments, with the cheapest strategy where none is given."""
     rest, thin = _cut(pattern, layout, heads)
+    between = _between(rest, layout, heads[0], SIZE)
+    if thin and _everything(between):
+        # All keys come anyway; those of threads would come twice.
+        rest, thin = pattern, ()
     threads = tuple(
         Thread(
             some,
@@ -281,7 +285,6 @@ def settled(
         )
         for (tokens, thinned), some, read in thin
     )
-    between = _between(rest, layout, heads[0], SIZE)
 
     def planned(name: str) -> Plan:
         return Plan(pattern, layout, *heads, widths, row, name, between, rest, threads)
@@ -292,6 +295,12 @@ def settled(
     if layout.ranks <= heads[0] and best.blocks and best.busiest("ulysses") < best.busiest(best.strategy):
         return planned("ulysses")
     return best
+
+
+def _everything(between: Traffic) -> bool:
+    """Say whether every rank needs all keys of all others."""
+    places = np.array([between.layout.places(rank) for rank in range(between.layout.ranks)])
+    return bool((between.tokens + np.diag(places) == places).all())
 
 
 def cheapest(made: Plan) -> str:
