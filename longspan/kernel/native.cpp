@@ -1643,7 +1643,9 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
 
     // Call with stretches of slots that lie in a row, each with the number of its first slot among all pages.
     const int64_t* table = slots.table + (slots.table ? at * slots.pages : 0);
-    auto stretches = [&](const T* from, int64_t across, int64_t most, auto action) {
+    // What is read next is fetched at the same time: one stream alone keeps memory waiting.
+    auto stretches = [&](const T* from, int64_t across, int64_t most, const T* later, int64_t later_across,
+                         int64_t later_head, auto action) {
         for (int64_t slot = begin, number; slot < end; slot += number) {
             const int64_t place = slot % slots.size, page = slots.table ? table[slot / slots.size] : at;
             int64_t in_row = slots.size - place, next = slot / slots.size + 1;
@@ -1656,11 +1658,17 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
                 for (int64_t byte = 0; byte < slots.size * across * (int64_t)sizeof(T); byte += 64)
                     __builtin_prefetch(ahead + byte);
             }
+            if (later_head < slots.batch * slots.heads) {
+                const int64_t other = slots.table ? slots.table[later_head * slots.pages + slot / slots.size] : later_head;
+                const char* ahead = (const char*)(later + (other * slots.size + place) * later_across);
+                for (int64_t byte = 0; byte < number * later_across * (int64_t)sizeof(T); byte += 64)
+                    __builtin_prefetch(ahead + byte, 0, 2);
+            }
             action(slot, page * slots.size + place, number);
         }
     };
 
-    stretches((const T*)slots.key, width, LANES, [&](int64_t slot, int64_t place, int64_t number) {
+    stretches((const T*)slots.key, width, LANES, (const T*)slots.value, value_width, at, [&](int64_t slot, int64_t place, int64_t number) {
         const float* keys = as_rows((const T*)slots.key + place * width, number, width, wide, rows);
         for (int64_t r = 0; r < share; r++) {
             const float* one = queries + r * wide;
@@ -1705,7 +1713,7 @@ void weigh_head(const Slots& slots, const float* query, const Bias& bias, int64_
         for (int64_t i = 0; i < length; i += LANES) store(score + i, load(score + i) * part);
     }
 
-    stretches((const T*)slots.value, value_width, CHUNK, [&](int64_t slot, int64_t place, int64_t number) {
+    stretches((const T*)slots.value, value_width, CHUNK, (const T*)slots.key, width, at + 1, [&](int64_t slot, int64_t place, int64_t number) {
         const float* values = as_rows((const T*)slots.value + place * value_width, number, value_width, value_wide, rows);
         float* weights = scores + slot - begin;
         for (int64_t r = 0; r < share && slots.value_scale; r++)
