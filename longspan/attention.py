@@ -34,8 +34,9 @@ def attend(
     What a query does not read cannot reach it, NaN and infinity included. A row of query, key or value with NaN,
     or of query or value with infinity, makes NaN of the outputs of the queries that read it (or are it) and of no
     others, and of the gradients of what those queries read and of no others. An infinity in a key that is read does
-    the same, except for outputs where all that comes of it are scores of minus infinity: there kernels other than
-    "reference" may take it for a weight of 0, since to look for it would take a pass over all keys for each new token.
+    the same, except for outputs where all that comes of it are scores of minus infinity: those weigh 0, and on cpu a
+    query with no other scores gives 0 as if it read nothing. Where anything else is not finite, kernels other than "reference" may
+    make NaN of them too.
 
     Args:
         query: `[batch, heads, queries, width]`, float.

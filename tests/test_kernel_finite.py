@@ -114,32 +114,45 @@ def test_nothing_reaches_what_does_not_read_it(pattern: Pattern, scores: tuple, 
             torch.testing.assert_close(one[~where], right[~where], rtol=0, atol=near, msg=name)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sign", [1, -1])
-def test_an_infinite_key_weighs_nothing_or_is_no_number(sign: int, kernel: str):
-    """Scores of infinity are NaN everywhere; those of minus infinity alone are NaN or a weight of 0, as documented."""
-    dtype, near = precision(kernel)
-    given = sides(dtype)
-    # All queries of a head are on one side of the key.
-    given[0] = given[0].abs() + 0.1
-    given[1][:, :, 12, 3] = sign * math.inf
-    pattern = Causal() & ~SlidingWindow(3)
-    reads = mask(pattern, length=LENGTH)[:, 12]
-    got = graded(given, pattern, kernel)
-    _, right = attend_with_lse(*given[:3], pattern & ~_key(12), kernel="sdpa")
-    struck, lse = got[0].isnan().any(-1), got[1]
-    assert not struck[..., ~reads].any() and torch.equal(struck, lse.isnan())
-    assert struck[..., reads].all() or (sign < 0 and kernel != "reference")
-    torch.testing.assert_close(lse[~struck], right[~struck], rtol=0, atol=near)
-    # 0 times infinity is no number, whichever way the output went.
-    touched = mask(pattern, length=LENGTH)[reads].any(0)
-    for grad, where in zip(got[2:], (reads, touched, touched), strict=True):
-        assert torch.equal(grad.isnan().any(-1), where.expand(grad.shape[:-1]))
+INFINITE = 12
 
 
 def _key(at: int) -> Pattern:
     """Return the pattern that reads one key."""
     return Sink(at + 1) & ~Sink(at)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Causal() & ~SlidingWindow(3),
+        Causal() & _key(INFINITE),
+        _key(INFINITE) | SlidingWindow(3),
+        Causal() & (_key(INFINITE) + Sink(INFINITE)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_an_infinite_key_weighs_nothing_or_is_no_number(sign: int, pattern: Pattern, kernel: str):
+    """Scores of infinity are NaN; those of minus infinity weigh 0, also where a query has no others."""
+    dtype, near = precision(kernel)
+    given = sides(dtype)
+    # All queries of a head are on one side of the key.
+    given[0] = given[0].abs() + 0.1
+    given[1][:, :, INFINITE, 3] = sign * math.inf
+    reads = mask(pattern, length=LENGTH)[:, INFINITE]
+    got = graded(given, pattern, kernel)
+    output, right = attend_with_lse(*given[:3], pattern & ~_key(INFINITE), kernel="sdpa")
+    struck, lse = got[0].isnan().any(-1), got[1]
+    assert not struck[..., ~reads].any() and torch.equal(struck, lse.isnan())
+    assert struck[..., reads].all() if sign > 0 else not struck.any()
+    torch.testing.assert_close(lse[~struck], right[~struck], rtol=0, atol=near)
+    torch.testing.assert_close(got[0][~struck], output[~struck], rtol=0, atol=near)
+    # 0 times infinity is no number, whichever way the output went.
+    touched = mask(pattern, length=LENGTH)[reads].any(0)
+    for grad, where in zip(got[2:], (reads, touched, touched), strict=True):
+        assert torch.equal(grad.isnan().any(-1), where.expand(grad.shape[:-1]))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -857,8 +857,9 @@ struct Strip {
     // divide the output by the weights. Returns what is not 0 where an output is not finite.
     INLINE Vector close(const float* known, const float* known_lse, int64_t value_width) {
         if (!begun) std::memset(output, 0, sizeof(float) * STRIP * whole(value_width));
-        Vector odd[4] = {};
+        Vector all_odd = {};
         for (int c = 0; c < STRIP; c += LANES) {
+            Vector odd[4] = {};
             Vector high = load(most + c), sum = load(total + c), factor = all(1.0f), other = {};
             if (known) {
                 const Vector lse = load(known_lse + c);
@@ -881,8 +882,10 @@ struct Strip {
             }
             store(most + c, high);
             store(total + c, sum);
+            // Where there is no query, 0 times infinity is no concern of anyone.
+            all_odd += choose((uint32_t)((1u << rows) - 1) >> c, (odd[0] + odd[1]) + (odd[2] + odd[3]), 0.0f);
         }
-        return (odd[0] + odd[1]) + (odd[2] + odd[3]);
+        return all_odd;
     }
 
     // Write log-sum-exps `next` apart.

@@ -44,6 +44,13 @@ def attend(
     query, key, value = (side.to(exact) for side in (query, key, value))
     # What is no number is told to the pairs it belongs to, and is kept out of sums over other pairs.
     no_number = spoiled(query).unsqueeze(-1) | (spoiled(key) | spoiled(value)).unsqueeze(-2)
+    weightless = often == 0
+    if changes.limit is None and key.isinf().any():
+        # Scores of minus infinity weigh nothing. Backward, 0 times infinity is no number.
+        lost = (query.detach() @ key.detach().transpose(-1, -2) * scale).isneginf() & (often > 0)
+        lost &= ~(spoiled(query).unsqueeze(-1) | spoiled(value).unsqueeze(-2))
+        no_number, weightless = no_number & ~lost, weightless | lost
+        query, key, value = _Lost.apply(query, key, value, lost.any(dim=-1), often > 0)
     query, key, value = (side.nan_to_num(0.0, 0.0, 0.0) for side in (query, key, value))
     scores = (query @ key.transpose(-1, -2)) * scale
     if changes.limit is not None:
@@ -52,7 +59,7 @@ def attend(
         slopes = torch.tensor(changes.slopes, dtype=exact, device=query.device)
         scores = scores - slopes[:, None, None] * _distance(queries, keys).to(scores)
     scores = scores + torch.zeros_like(scores).masked_fill(no_number, torch.nan)
-    scores = (scores + often.to(exact).log()).masked_fill(often == 0, -torch.inf)
+    scores = (scores + often.to(exact).log()).masked_fill(weightless, -torch.inf)
     if changes.sinks is not None:
         # A sink is a key that every query reads, with a score of its own and value 0.
         sinks = changes.sinks.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
@@ -65,6 +72,23 @@ def attend(
     weights = torch.exp(scores - lse.unsqueeze(-1)).masked_fill(unread, 0.0)
     output, lse = _Weighed.apply(weights, value, lse, unread)
     return output.to(dtype), lse.masked_fill(silent, -torch.inf)
+
+
+class _Lost(torch.autograd.Function):
+    """Tensors as they are; backward, NaN for some rows of the query, and for keys and values that they read."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Tensor, read: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(rows, (rows.unsqueeze(-1) & read).any(dim=-2))
+        return query.view_as(query), key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, keys = (struck.unsqueeze(-1) for struck in ctx.saved_tensors)
+        struck = zip(grads, (rows, keys, keys), strict=True)
+        return *(grad.masked_fill(where, torch.nan) for grad, where in struck), None, None
 
 
 class _Weighed(torch.autograd.Function):

@@ -84,6 +84,8 @@ def _merged(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tens
         part_output, part_lse = _forward(
             q, k, v, 0.0, call.slice.causal, attn_mask=added.added, scale=work.scale
         )
+        if not part_lse.all():
+            _tell_silent(q, k, part_lse, call.slice.causal, added.added, work.scale)
         if moved is not None:
             part_lse += moved
         if added.blind is not None:
@@ -131,6 +133,17 @@ def _accumulated(
         for whole, part in zip(grads[1:], onto, strict=True):
             call.give_back(whole, part)
     return grads, all(bool(grad.sum().isfinite()) for grad in grads)
+
+
+def _tell_silent(
+    query: Tensor, key: Tensor, lse: Tensor, causal: bool, added: Tensor | None, scale: float
+) -> None:
+    """Write minus infinity where scores are minus infinity alone: for such rows the kernel answers 0.
+
+    A row whose log-sum-exp is 0 indeed has weights that add up to 1.
+    """
+    total, _ = _forward(query, key, torch.ones_like(key), 0.0, causal, attn_mask=added, scale=scale)
+    lse.masked_fill_(total[..., 0] == 0, -torch.inf)
 
 
 def _widest(*sides: Tensor) -> int:
