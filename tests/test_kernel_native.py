@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import platform
 import shutil
 from collections.abc import Iterator
@@ -136,6 +137,24 @@ def test_every_instruction_set_keeps_to_the_formula(
     monkeypatch.setattr(native, "_library", ctypes.CDLL(str(compiler.library(name))))
     for pattern in (SlidingWindow(70), BigBird(16), PerHead([LongNet((32, 128), (1, 4)), Causal()])):
         check(pattern, tensors(201, 201, dtype, CPU, width=20, batch=1), "native")
+
+
+@needed
+@pytest.mark.parametrize("name", compiler.SETS)
+@pytest.mark.parametrize("worst", [math.nan, math.inf])
+def test_every_instruction_set_tells_what_is_no_number(
+    name: str, worst: float, monkeypatch: pytest.MonkeyPatch
+):
+    if not native.able(name) or not compiler.library(name).exists():
+        pytest.skip(f"{platform.machine()} has no {name} here")
+    monkeypatch.setattr(native, "_library", ctypes.CDLL(str(compiler.library(name))))
+    query, key, value = tensors(40, 40, torch.float32, CPU)
+    key[0, 0, 12, 3] = worst
+    struck = torch.zeros(query.shape[:3], dtype=torch.bool)
+    struck[0, :2, 12:] = True
+    output, lse = attend_with_lse(query.abs() + 0.1, key, value, Causal(), kernel="native")
+    assert torch.equal(output.isnan().all(-1), struck) and torch.equal(output.isnan().any(-1), struck)
+    assert torch.equal(lse.isnan(), struck)
 
 
 @needed

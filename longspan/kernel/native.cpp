@@ -104,6 +104,7 @@ INLINE Vector spread(const uint16_t* from) {
 #endif
 }
 
+// The other where one of them is no number.
 INLINE Vector larger(Vector one, Vector other) {
 #if defined(__AVX512F__)
     return (Vector)_mm512_max_ps((__m512)one, (__m512)other);
@@ -119,10 +120,10 @@ INLINE Vector power(Vector x) {
 #if defined(__AVX512F__)
     const Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, 8);
 #elif defined(__AVX2__)
-    x = larger(x, all(-127.0f));
+    x = larger(all(-127.0f), x);
     const Vector whole = (Vector)_mm256_round_ps((__m256)x, 8);
 #else
-    x = larger(x, all(-127.0f));
+    x = larger(all(-127.0f), x);
     const Vector whole = (x + 12582912.0f) - 12582912.0f;
 #endif
     const Vector part = x - whole;
