@@ -28,6 +28,7 @@ from longspan.pattern import (
     LongMixed,
     LongNet,
     Pattern,
+    PerHead,
     SlidingWindow,
     Streaming,
     Window,
@@ -194,3 +195,11 @@ def test_the_work_on_a_text_is_planned_once(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_dtype_of_torch_is_the_one_of_its_name():
     assert plan(Causal(), length=9, dtype=torch.bfloat16) is plan(Causal(), length=9, dtype="bfloat16")
+
+
+def test_heads_that_are_written_otherwise_and_read_alike_are_one_group():
+    one, other = Causal() & Window(8), Causal() & Window(9) & Window(8)
+    groups = plan_module.head_groups(PerHead([one, SlidingWindow(5), other, one]), 4, range(64), range(64))
+    reads = [(list(group.heads), group.parts) for group in groups]
+    assert sorted(heads for heads, _ in reads) == [[0, 2], [1], [3]]
+    assert len({id(done) for _, done in reads}) == 2

@@ -17,7 +17,7 @@ from longspan.kernel.numbers import listed, named
 from longspan.kernel.parts import Part, parts
 from longspan.kernel.rates import dearer
 from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys
-from longspan.pattern import Pattern
+from longspan.pattern import Pattern, simplify
 from longspan.size import size
 
 # The most memory that dense scores may take.
@@ -347,9 +347,13 @@ def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tu
     for head in range(heads):
         alike.setdefault(pattern.at_head(head, heads), []).append(head)
     groups = []
+    # What is written otherwise and reads the same is planned, and read, once.
+    same: dict[Pattern, tuple[Pattern, list[int]]] = {}
     for single, members in alike.items():
+        same.setdefault(simplify(single), (single, []))[1].extend(members)
+    for single, members in same.values():
         done = parts(single, queries, keys)
-        groups.extend(HeadGroup(regular, done) for regular in _regular(members))
+        groups.extend(HeadGroup(regular, done) for regular in _regular(sorted(members)))
     return tuple(groups)
 
 
