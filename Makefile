@@ -49,7 +49,7 @@ clean:
 	rm -rf longspan/kernel/native_*.so .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Torch comes first: the constraint picks its build before anything else can ask for another.
-$(READY): pyproject.toml constraints.txt hatch_build.py longspan/kernel/native.cpp
+$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard longspan/kernel/cpp/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Longspan needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

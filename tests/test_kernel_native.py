@@ -82,8 +82,9 @@ def test_where_there_is_no_compiler_nothing_is_built(monkeypatch: pytest.MonkeyP
 
 
 def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    source = tmp_path / "native.cpp"
-    source.write_text("no C++")
+    source = tmp_path / "cpp"
+    source.mkdir()
+    (source / compiler.MAIN).write_text("no C++")
     failing = tmp_path / "failing"
     failing.write_text("#!/bin/sh\necho it is not C++ >&2\nexit 1\n")
     failing.chmod(0o755)
@@ -96,25 +97,30 @@ def test_what_the_compiler_says_is_told(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @needed
 def test_a_library_of_another_source_is_not_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     """What it takes may lie elsewhere in memory, which nothing but its name would tell."""
-    source = tmp_path / "native.cpp"
-    shutil.copy(compiler.SOURCE, source)
+    source = tmp_path / "cpp"
+    shutil.copytree(compiler.SOURCE, source)
     for name in compiler.SETS:
         if compiler.library(name).exists():
             shutil.copy(compiler.library(name), tmp_path)
     monkeypatch.setattr(compiler, "SOURCE", source)
     assert native._loaded()[1] == ""
-    source.write_text(source.read_text() + "// Changed.\n")
-    assert native._loaded() == (None, native.NOT_BUILT)
+    for file in (compiler.MAIN, "work.hpp"):
+        text = (source / file).read_text()
+        (source / file).write_text(text + "// Changed.\n")
+        assert native._loaded() == (None, native.NOT_BUILT)
+        (source / file).write_text(text)
+        assert native._loaded()[1] == ""
 
 
 def test_building_removes_libraries_of_other_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    source, building = tmp_path / "native.cpp", tmp_path / "building"
+    source, building = tmp_path / "cpp", tmp_path / "building"
+    source.mkdir()
     building.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho "$2" > "$2"\n')
     building.chmod(0o755)
     monkeypatch.setattr(compiler, "SOURCE", source)
     monkeypatch.setenv("CXX", str(building))
     for text in ("one", "other"):
-        source.write_text(text)
+        (source / compiler.MAIN).write_text(text)
         made, problem = compiler.build()
         assert problem == ""
         assert set(tmp_path.glob("*.so")) == set(made)

@@ -70,19 +70,19 @@ def test_links_lead_somewhere(link: str):
 
 def test_tree_names_every_file():
     tree = next(code for language, code in FENCED if language == "text" and code.startswith("longspan/\n"))
-    named, folder = set(), Path()
+    named, folders = set(), []
     for line in tree.splitlines()[1:]:
-        depth = len(line) - len(line.lstrip())
+        depth = (len(line) - len(line.lstrip())) // 2
         name, *clause = line.split(maxsplit=1)
         assert clause, f"{name} has no clause"
-        if depth == 2:
-            folder = Path(name) if name.endswith("/") else Path()
-        if name.endswith(".py"):
-            named.add(str(folder / name))
+        folders = [*folders[: depth - 1], name.rstrip("/")]
+        if not name.endswith("/"):
+            named.add("/".join(folders))
     package = ROOT / "longspan"
     files = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
+        path.relative_to(package).as_posix()
+        for ending in ("py", "hpp", "cpp")
+        for path in package.rglob(f"*.{ending}")
         if path.name not in ("__init__.py", "__main__.py")
     }
-    assert named == files
+    assert {name for name in named if name.endswith((".py", ".hpp", ".cpp"))} == files

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +19,7 @@ ROOT = Path(longspan.__file__).parent
 TESTS = Path(__file__).parent
 BENCHMARKS = TESTS.parent / "benchmarks"
 MODULES = sorted(ROOT.rglob("*.py"))
+CPP = sorted(ROOT.rglob("*.[ch]pp"))
 
 # What a part may import besides itself. Imports point down this list only.
 LAYERS = [
@@ -115,6 +118,16 @@ def test_kernels_never_import_one_another(module: Path):
             )
 
 
+def test_headers_include_without_circles():
+    """And every one is included, from the file that a compiler is given down."""
+    includes = {
+        path.name: re.findall(r'^#include "(.+)"$', path.read_text(), flags=re.MULTILINE) for path in CPP
+    }
+    order = list(TopologicalSorter(includes).static_order())
+    assert order[-1] == "library.cpp"
+    assert sorted(order) == sorted(includes)
+
+
 @pytest.mark.parametrize("module", MODULES, ids=named)
 def test_optional_packages_stay_above(module: Path):
     if part_of(module) not in MAY_USE_OPTIONAL:
@@ -133,7 +146,7 @@ def test_nothing_is_evaluated_from_text(module: Path):
 
 @pytest.mark.parametrize(
     "module",
-    [*MODULES, *sorted(TESTS.glob("*.py")), *sorted(BENCHMARKS.glob("*.py"))],
+    [*MODULES, *CPP, *sorted(TESTS.glob("*.py")), *sorted(BENCHMARKS.glob("*.py"))],
     ids=lambda module: module.name,
 )
 def test_files_have_one_job(module: Path):

@@ -16,7 +16,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("native.cpp")
+# The folder of its source, of which one file includes the others; libraries lie beside it.
+SOURCE = Path(__file__).with_name("cpp")
+MAIN = "library.cpp"
 # Instruction sets, the best first, and what turns them on.
 SETS = {
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"),
@@ -36,8 +38,10 @@ def library(name: str) -> Path:
     Its name says what it was built from, so that one of another source, which may lay out its memory differently, is
     never taken for this one.
     """
-    made_from = SOURCE.read_bytes() + " ".join(OPTIONS + SETS[name]).encode()
-    return SOURCE.with_name(f"native_{name}_{hashlib.sha256(made_from).hexdigest()[:12]}.so")
+    made_from = hashlib.sha256(" ".join(OPTIONS + SETS[name]).encode())
+    for path in sorted(SOURCE.glob("*.[ch]pp")):
+        made_from.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    return SOURCE.with_name(f"native_{name}_{made_from.hexdigest()[:12]}.so")
 
 
 def build() -> tuple[list[Path], str]:
@@ -64,7 +68,7 @@ def build() -> tuple[list[Path], str]:
             continue
         fresh = library(name).with_suffix(f".{os.getpid()}")
         ran = subprocess.run(
-            [compiler, *OPTIONS, *flags, str(SOURCE), "-o", str(fresh)],
+            [compiler, *OPTIONS, *flags, str(SOURCE / MAIN), "-o", str(fresh)],
             capture_output=True,
             text=True,
             check=False,

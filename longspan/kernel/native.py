@@ -2,7 +2,7 @@
 
 Blocks of queries go through all their keys with the softmax kept online, 16 queries at a time, and of what a mask leaves
 out nothing is computed but what one of 16 queries reads. The library is C++ behind three
-pointers and a table of numbers (`native.cpp`), so it depends on no version of Python or PyTorch.
+pointers and a table of numbers (the folder `cpp`), so it depends on no version of Python or PyTorch.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Side(Structure):
 
 
 class _Work(Structure):
-    """What the library is asked; the order is that of `Work` in native.cpp."""
+    """What the library is asked; the order is that of `Work` in cpp/work.hpp."""
 
     _fields_ = [
         *((name, _Side) for name in SIDES),
@@ -164,7 +164,7 @@ def _bits(part: Part) -> np.ndarray | None:
 
 @lru_cache(maxsize=256)
 def _table(parts: tuple[Part, ...]) -> tuple[np.ndarray, list[np.ndarray | None]]:
-    """Return parts as the library takes them, a row of numbers each in the order of `Part` in native.cpp, and the masks that they point to."""
+    """Return parts as the library takes them, a row of numbers each in the order of `Part` in cpp/work.hpp, and the masks that they point to."""
     masks = [_bits(part) for part in parts]
     rows = [
         _rows(part, 0 if mask is None else mask.ctypes.data) for part, mask in zip(parts, masks, strict=True)

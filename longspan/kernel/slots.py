@@ -23,7 +23,7 @@ _PER_THREAD = 1 << 21
 
 
 class _Slots(Structure):
-    """Where keys and values lie; the order is that of `Slots` in native.cpp."""
+    """Where keys and values lie; the order is that of `Slots` in cpp/slots.hpp."""
 
     _fields_ = [
         *((name, c_void_p) for name in ("key", "value", "key_scale", "value_scale", "table")),
