@@ -46,10 +46,10 @@ picture: $(READY)
 	$(BIN)/python docs/patterns.py
 
 clean:
-	rm -rf longspan/kernel/native_*.so .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf longspan/kernel/native/native_*.so .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Torch comes first: the constraint picks its build before anything else can ask for another.
-$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard longspan/kernel/cpp/*)
+$(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard longspan/kernel/native/cpp/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Longspan needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch

@@ -17,8 +17,8 @@ class NativeKernel(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Build; `version` is "standard" or "editable", and both want the libraries."""
-        build = runpy.run_path(str(Path(self.root) / "longspan" / "kernel" / "compiler.py"))["build"]
-        libraries, problem = build()
+        compiler = Path(self.root, "longspan", "kernel", "native", "compiler.py")
+        libraries, problem = runpy.run_path(str(compiler))["build"]()
         if problem:
             self.app.display_warning(f"The native kernel was not built for every processor: {problem}")
         if libraries:

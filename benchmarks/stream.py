@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longspan import Causal, LongNet, attend_with_lse
-from longspan.kernel.merge import merge_into
+from longspan.kernel.softmax.merge import merge_into
 
 # Query, key and value of a number of tokens from a position on, `[1, 1, tokens, width]` each.
 Source = Callable[[int, int], tuple[Tensor, Tensor, Tensor]]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from longspan.errors import ShapeError, message
-from longspan.kernel import compiled, opaque
 from longspan.kernel.choice import at_once, chosen, facts, run
+from longspan.kernel.operation import compiled, opaque
 from longspan.pattern import Pattern
 from longspan.score import Score, collect
 

@@ -17,7 +17,7 @@ from longspan.extend.forecast import Forecast, Machine, advice
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import METHODS, Recipe
 from longspan.extend.training import bfloat16_is_fast
-from longspan.kernel import native
+from longspan.kernel.native import native
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

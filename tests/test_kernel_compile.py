@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from longspan import attend, attend_with_lse
 from longspan.hf.attention import set_pattern
-from longspan.kernel import native, opaque
+from longspan.kernel.native import native
+from longspan.kernel.operation import opaque
 from longspan.pattern import Causal, LongMixed, Pattern, Window
 from longspan.score import ALiBi, Sinks, SoftCap
 

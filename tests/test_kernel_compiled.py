@@ -9,7 +9,8 @@ import torch
 from flash_stand_in import flash_on_cpu
 from torch import Tensor
 
-from longspan.kernel import choice, compiled, opaque
+from longspan.kernel import choice
+from longspan.kernel.operation import compiled, opaque
 from longspan.kernel.plan import flash_refusal
 from longspan.pattern import Causal, LongMixed, Pattern, SlidingWindow
 from longspan.score import Scores

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from longspan import attend, plan
 from longspan.errors import PlanError, ShapeError
-from longspan.kernel import family, flex
-from longspan.kernel.formula import answer, formula
-from longspan.kernel.lists import Lists
+from longspan.kernel.flex import family, flex
+from longspan.kernel.flex.formula import answer, formula
+from longspan.kernel.flex.lists import Lists
 from longspan.pattern import (
     S2,
     BigBird,

@@ -11,9 +11,11 @@ import torch
 
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import mask
-from longspan.kernel import frame, native, sdpa
 from longspan.kernel import plan as plan_module
-from longspan.kernel.parts import parts
+from longspan.kernel.lattice.parts import parts
+from longspan.kernel.native import native
+from longspan.kernel.sdpa import sdpa
+from longspan.kernel.softmax import frame
 from longspan.pattern import Causal, LongNet, Nothing, Pattern, PerHead, Sink, SlidingWindow, Streaming
 from longspan.score import ALiBi, Sinks
 

@@ -13,10 +13,11 @@ from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
 
 from longspan import attend, plan
 from longspan.errors import PlanError
-from longspan.kernel import flash, reference, views
-from longspan.kernel.bands import band_groups, bands
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.parts import parts
+from longspan.kernel import reference
+from longspan.kernel.flash import flash, views
+from longspan.kernel.flash.bands import band_groups, bands
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.parts import parts
 from longspan.kernel.plan import head_groups
 from longspan.pattern import (
     S2,

@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
-from longspan.kernel import family, finite, flex, reference
+from longspan.kernel import reference
+from longspan.kernel.flex import family, flex
+from longspan.kernel.softmax import finite
 from longspan.pattern import (
     S2,
     Causal,

@@ -13,7 +13,7 @@ from longspan.derive.blocks import Blocks, blocks
 from longspan.derive.stretch import Stretch, shortest
 from longspan.derive.terms import terms
 from longspan.derive.tiling import layouts
-from longspan.kernel.lists import Lists, lists, squares
+from longspan.kernel.flex.lists import Lists, lists, squares
 from longspan.pattern import SCCA, SDA, Causal, Dilated, LongMixed, LongNet, Pattern, SlidingWindow, Window
 
 SIZE = 4

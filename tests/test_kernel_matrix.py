@@ -19,11 +19,14 @@ from strategies import LENGTHS
 import longspan.pattern
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
-from longspan.kernel import flash, flex, native, sdpa
 from longspan.kernel import plan as plan_module
-from longspan.kernel.merge import merge
-from longspan.kernel.parts import parts
+from longspan.kernel.flash import flash
+from longspan.kernel.flex import flex
+from longspan.kernel.lattice.parts import parts
+from longspan.kernel.native import native
 from longspan.kernel.plan import KERNELS
+from longspan.kernel.sdpa import sdpa
+from longspan.kernel.softmax.merge import merge
 from longspan.pattern import (
     S2,
     SCCA,

@@ -15,9 +15,11 @@ from torch.utils._pytree import tree_leaves
 
 from longspan import attend_with_lse
 from longspan import plan as planned
-from longspan.kernel import native, plan, sdpa
-from longspan.kernel.calls import HeadGroup, calls
-from longspan.kernel.parts import parts
+from longspan.kernel import plan
+from longspan.kernel.lattice.calls import HeadGroup, calls
+from longspan.kernel.lattice.parts import parts
+from longspan.kernel.native import native
+from longspan.kernel.sdpa import sdpa
 from longspan.pattern import (
     S2,
     SCCA,

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from longspan.kernel.merge import merge, merge_into
+from longspan.kernel.softmax.merge import merge, merge_into
 
 ROWS, KEYS = 9, 13
 

@@ -15,8 +15,8 @@ from test_kernel_matrix import check, tensors
 
 from longspan import attend, attend_with_lse, plan
 from longspan.errors import PlanError
-from longspan.kernel import compiler, native
 from longspan.kernel import plan as plan_module
+from longspan.kernel.native import compiler, native
 from longspan.pattern import (
     SDA,
     BigBird,
@@ -47,7 +47,7 @@ def test_where_it_was_not_built_the_plan_says_so(plans: pytest.MonkeyPatch):
     assert (
         "  kernel     sdpa\n"
         "  refused    native: was not built from this version's source; where there is a C++ compiler, "
-        "`python -m longspan.kernel.compiler` builds it\n"
+        "`python -m longspan.kernel.native.compiler` builds it\n"
     ) in str(plan(SlidingWindow(512), length=8192, heads=8))
 
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from strategies import LENGTHS, lengths, relations, spans
 
 from longspan.derive.mask import counts
-from longspan.kernel import runs as runs_module
-from longspan.kernel.parts import Lattice, Part, parts
+from longspan.kernel.lattice import runs as runs_module
+from longspan.kernel.lattice.parts import Lattice, Part, parts
 from longspan.pattern import (
     S2,
     SCCA,

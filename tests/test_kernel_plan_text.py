@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from longspan import plan
-from longspan.kernel import native
 from longspan.kernel import plan as plan_module
+from longspan.kernel.native import native
 from longspan.pattern import (
     S2,
     SCCA,

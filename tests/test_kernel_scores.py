@@ -14,9 +14,10 @@ import torch
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
 from longspan.errors import PlanError, ShapeError
-from longspan.kernel import bias, sdpa, sides
 from longspan.kernel import plan as plan_module
-from longspan.kernel.parts import parts
+from longspan.kernel import sides
+from longspan.kernel.lattice.parts import parts
+from longspan.kernel.sdpa import bias, sdpa
 from longspan.pattern import (
     Causal,
     Chunk,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longspan.cache import Pages, Plain, Pool, Rounded
-from longspan.kernel import compiler, native, slots
+from longspan.kernel.native import compiler, native, slots
 
 SIZES = [
     # Rows, key heads, queries that share one, numbers of a key and of a value, slots, first that is read.

@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from longspan.cli import app
-from longspan.kernel import native
+from longspan.kernel.native import native
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

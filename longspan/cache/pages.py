@@ -17,7 +17,7 @@ from torch import Tensor
 
 from longspan.cache.storage import PIECE, kept_slots, weighed
 from longspan.errors import ShapeError, message
-from longspan.kernel.slots import Slots, readable
+from longspan.kernel.native.slots import Slots, readable
 
 # The page of slots that are nobody's; it is never given away.
 _NOBODY = 0

@@ -15,7 +15,7 @@ from longspan.attention import attend_with_lse
 from longspan.cache.origin import moved
 from longspan.cache.outlook import bias_of
 from longspan.cache.shelf import Shelf
-from longspan.kernel.merge import merge
+from longspan.kernel.softmax.merge import merge
 from longspan.pattern import Pattern, PerHead
 from longspan.score import Scores
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longspan.kernel.slots import Slots, readable
+from longspan.kernel.native.slots import Slots, readable
 
 # Numbers of a piece of what is not held as it is read.
 PIECE = 1 << 17

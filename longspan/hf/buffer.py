@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longspan.frequency import Frequency
-from longspan.kernel.slots import Slots
+from longspan.kernel.native.slots import Slots
 from longspan.rope import shift
 
 # Slots of a window that are there from the start.

@@ -19,7 +19,7 @@ from longspan.hf.cache import PatternCache, PatternLayer, related
 from longspan.hf.places import Places
 from longspan.hf.rope import from_config
 from longspan.hf.texts import Texts
-from longspan.kernel.merge import merge
+from longspan.kernel.softmax.merge import merge
 from longspan.pattern import Causal, Pattern, Sink, SlidingWindow, Streaming, Window
 from longspan.pattern.base import Intersection
 from longspan.rope import shift

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longspan.hf.segment import Segment, unpacked, unpadded, whole
-from longspan.kernel.opaque import KERNELS, numbered, pattern_of, work
+from longspan.kernel.operation.opaque import KERNELS, numbered, pattern_of, work
 from longspan.pattern import Pattern, Window
 from longspan.score import Scores
 

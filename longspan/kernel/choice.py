@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from longspan.kernel import flash, flex, native, reference, sdpa, triton
-from longspan.kernel.bands import band_groups
+from longspan.kernel import reference
+from longspan.kernel.flash import flash
+from longspan.kernel.flash.bands import band_groups
+from longspan.kernel.flex import flex
+from longspan.kernel.native import native
 from longspan.kernel.plan import choose, flash_refusal, head_groups, scores_refusal
+from longspan.kernel.sdpa import sdpa
+from longspan.kernel.triton import triton
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

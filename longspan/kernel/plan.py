@@ -10,13 +10,16 @@ import torch
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, elided, message
-from longspan.kernel import family, flash, flex, native, sdpa
-from longspan.kernel.bands import BandGroup, band_groups
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.numbers import listed, named
-from longspan.kernel.parts import Part, parts
+from longspan.kernel.flash import flash
+from longspan.kernel.flash.bands import BandGroup, band_groups
+from longspan.kernel.flex import family, flex
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.numbers import listed, named
+from longspan.kernel.lattice.parts import Part, parts
+from longspan.kernel.lattice.summary import BlockCounts, block_counts, contiguous_area, most_keys
+from longspan.kernel.native import native
 from longspan.kernel.rates import dearer
-from longspan.kernel.summary import BlockCounts, block_counts, contiguous_area, most_keys
+from longspan.kernel.sdpa import sdpa
 from longspan.pattern import Pattern, simplify
 from longspan.size import size
 

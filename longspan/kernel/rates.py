@@ -14,10 +14,10 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from longspan.derive.tiling import SIZE
-from longspan.kernel.band import Band
-from longspan.kernel.bands import BandGroup
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.summary import block_counts
+from longspan.kernel.flash.band import Band
+from longspan.kernel.flash.bands import BandGroup
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.summary import block_counts
 
 # Reading a part's row, and reading and writing the row that it is merged into.
 MERGE = 512

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longspan.derive.mask import counts
-from longspan.kernel.finite import spoiled
+from longspan.kernel.softmax.finite import spoiled
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

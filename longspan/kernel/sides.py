@@ -8,8 +8,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.parts import Lattice, Part
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.parts import Lattice, Part
 from longspan.kernel.plan import head_groups
 from longspan.pattern import Causal, Pattern
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.kernel.merge import merge
+from longspan.kernel.softmax.merge import merge
 from longspan.pattern import Pattern
 from longspan.ring.transport import reaching
 from longspan.score import Scores

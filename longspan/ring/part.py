@@ -15,13 +15,15 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from longspan.kernel import native, reference, sdpa
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.frame import Work
-from longspan.kernel.merge import merge, merge_into
-from longspan.kernel.parts import Lattice
+from longspan.kernel import reference
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.parts import Lattice
+from longspan.kernel.native import native
 from longspan.kernel.plan import KERNELS, choose, head_groups, scores_refusal
+from longspan.kernel.sdpa import sdpa
 from longspan.kernel.sides import one_sided_groups
+from longspan.kernel.softmax.frame import Work
+from longspan.kernel.softmax.merge import merge, merge_into
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from longspan.kernel.merge import merge_into
+from longspan.kernel.softmax.merge import merge_into
 from longspan.ring import part
 from longspan.ring.part import Reading
 from longspan.ring.plan import Plan, Thread

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from longspan.derive.diagonal import Staircases
-from longspan.kernel.runs import CAUSAL, PLAIN, Runs, alike
+from longspan.kernel.lattice.runs import CAUSAL, PLAIN, Runs, alike
 
 # Places on a side of a rectangle at most, so that what a call gives stays small.
 LARGEST = 8_192

@@ -22,8 +22,8 @@ from longspan.derive.blocks import Blocks, Side, blocks
 from longspan.derive.stretch import Stretch, shortest
 from longspan.derive.terms import terms
 from longspan.derive.tiling import SIZE, comparable, layouts
-from longspan.kernel.formula import Formula, Operation, formula
-from longspan.kernel.lists import Lists, lists
+from longspan.kernel.flex.formula import Formula, Operation, formula
+from longspan.kernel.flex.lists import Lists, lists
 from longspan.pattern import Pattern, Sum, simplify
 
 # Places on a side of a block.

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.kernel import flash
 from longspan.kernel.choice import chosen, run, work
-from longspan.kernel.opaque import numbered, pattern_of
-from longspan.kernel.operation import operation
+from longspan.kernel.flash import flash
+from longspan.kernel.operation.opaque import numbered, pattern_of
+from longspan.kernel.operation.operation import operation
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

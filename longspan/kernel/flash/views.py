@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from longspan.kernel.band import Band
-from longspan.kernel.calls import disjoint, paired
-from longspan.kernel.parts import Lattice
+from longspan.kernel.flash.band import Band
+from longspan.kernel.lattice.calls import disjoint, paired
+from longspan.kernel.lattice.parts import Lattice
 
 # A few queries that read many keys keep only few processors of a device busy. So their keys are cut into stretches of
 # this many at least, but not into more stretches than there are processors.

@@ -12,8 +12,8 @@ from longspan.derive.blocks import TRIANGLE, Blocks, blocks
 from longspan.derive.region import regions
 from longspan.derive.terms import terms
 from longspan.derive.tiling import COMPARABLE, SIZE
-from longspan.kernel.calls import slices
-from longspan.kernel.parts import Lattice, Part
+from longspan.kernel.lattice.calls import slices
+from longspan.kernel.lattice.parts import Lattice, Part
 from longspan.pattern import Complement, Everything, Pattern
 
 
@@ -30,7 +30,7 @@ def block_counts(parts: Sequence[Part]) -> tuple[int, int]:
     """Return how many blocks of some parts are full and how many are partial, exactly.
 
     Example:
-        >>> from longspan.kernel.parts import parts
+        >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal
         >>> block_counts(parts(Causal(), range(512), range(512)))
         (6, 4)
@@ -63,7 +63,7 @@ def most_keys(parts: Sequence[Part], queries: int) -> int:
     """Return the most keys that one query reads, exactly, and counted as often as they are read.
 
     Example:
-        >>> from longspan.kernel.parts import parts
+        >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal, Window
         >>> most_keys(parts(Causal() & Window(100), range(512), range(512)), 512)
         100

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from longspan.kernel import native
+from longspan.kernel.native import native
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 # Bytes of keys that are worth a thread of their own.

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.kernel.band import Band
-from longspan.kernel.bands import BandGroup
-from longspan.kernel.finite import capturing, cleared, spoiled
-from longspan.kernel.merge import merge, merge_into
-from longspan.kernel.rows import alike, sinks_gradient, widened, with_lse_gradient, with_sinks
-from longspan.kernel.views import View, served, split, views
+from longspan.kernel.flash.band import Band
+from longspan.kernel.flash.bands import BandGroup
+from longspan.kernel.flash.views import View, served, split, views
+from longspan.kernel.softmax.finite import capturing, cleared, spoiled
+from longspan.kernel.softmax.merge import merge, merge_into
+from longspan.kernel.softmax.rows import alike, sinks_gradient, widened, with_lse_gradient, with_sinks
 from longspan.score import Scores
 
 DTYPES = ("bfloat16", "float16")

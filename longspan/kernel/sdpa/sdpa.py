@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from longspan.kernel import summary
-from longspan.kernel.bias import KEPT, Bias, bias, shift, size
-from longspan.kernel.calls import Call, HeadGroup, calls
-from longspan.kernel.frame import Frame, Work
-from longspan.kernel.merge import merge_into
-from longspan.kernel.parts import Lattice, Part
-from longspan.kernel.rows import alike, with_lse_gradient, without_silent
+from longspan.kernel.lattice import summary
+from longspan.kernel.lattice.calls import Call, HeadGroup, calls
+from longspan.kernel.lattice.parts import Lattice, Part
+from longspan.kernel.sdpa.bias import KEPT, Bias, bias, shift, size
+from longspan.kernel.softmax.frame import Frame, Work
+from longspan.kernel.softmax.merge import merge_into
+from longspan.kernel.softmax.rows import alike, with_lse_gradient, without_silent
 from longspan.score import Scores
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from longspan.derive.terms import terms
-from longspan.kernel.family import Call, Family, groups, rounded
-from longspan.kernel.finite import contained
-from longspan.kernel.formula import Unknown, answer, formula
-from longspan.kernel.merge import merge
+from longspan.kernel.flex.family import Call, Family, groups, rounded
+from longspan.kernel.flex.formula import Unknown, answer, formula
+from longspan.kernel.softmax.finite import contained
+from longspan.kernel.softmax.merge import merge
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

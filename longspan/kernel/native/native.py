@@ -1,8 +1,8 @@
 """The native kernel: attention over the parts of a pattern in one pass, by a small library of our own for CPU.
 
 Blocks of queries go through all their keys with the softmax kept online, 16 queries at a time, and of what a mask leaves
-out nothing is computed but what one of 16 queries reads. The library is C++ behind three
-pointers and a table of numbers (the folder `cpp`), so it depends on no version of Python or PyTorch.
+out nothing is computed but what one of 16 queries reads. The library is C++ (the
+folder `cpp`) behind three pointers and a table of numbers, so it depends on no version of Python or PyTorch.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.kernel import compiler
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.frame import Frame, Work
-from longspan.kernel.parts import Lattice, Part
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.parts import Lattice, Part
+from longspan.kernel.native import compiler
+from longspan.kernel.softmax.frame import Frame, Work
 from longspan.score import Scores
 
 # Queries in a block; in a strip, which is what is skipped or computed as one; unread keys that a strip skips at least.
@@ -31,7 +31,7 @@ TEAM = 2
 DEPTH, CHUNK, PIECE = 144, 96, 288
 NOT_BUILT = (
     "was not built from this version's source; where there is a C++ compiler, "
-    "`python -m longspan.kernel.compiler` builds it"
+    "`python -m longspan.kernel.native.compiler` builds it"
 )
 # Tensors that the library takes as they lie.
 SIDES = ("query", "key", "value", "grad_output", "result")

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from longspan.derive.blocks import blocks
 from longspan.derive.terms import terms as disjoint
-from longspan.kernel.family import plain
-from longspan.kernel.frame import Frame
-from longspan.kernel.lists import squares
-from longspan.kernel.merge import merge_into
-from longspan.kernel.rows import alike, widened, without_silent
+from longspan.kernel.flex.family import plain
+from longspan.kernel.flex.lists import squares
+from longspan.kernel.softmax.frame import Frame
+from longspan.kernel.softmax.merge import merge_into
+from longspan.kernel.softmax.rows import alike, widened, without_silent
 from longspan.pattern import Pattern, Sum, simplify
 from longspan.score import Scores
 
@@ -165,7 +165,7 @@ def _masks(relation: Pattern, partial: np.ndarray, queries: range, keys: range) 
 
 def _sums(query: Tensor, key: Tensor, value: Tensor, work: Work) -> tuple[Tensor, Tensor, bool]:
     """Return output and log-sum-exp over all terms, and whether all is finite."""
-    from longspan.kernel import tiles
+    from longspan.kernel.triton import tiles
 
     query, key, value = _taken(query, key, value)
     batch, heads, rows, width = query.shape
@@ -194,7 +194,7 @@ def _slopes(
     work: Work,
 ) -> tuple[list[Tensor], bool]:
     """Return the gradients of query, key and value, and whether all is finite."""
-    from longspan.kernel import tiles
+    from longspan.kernel.triton import tiles
 
     lse, grad_lse = without_silent(lse, grad_lse)
     along = ((grad_output.float() * output.float()).sum(-1) - grad_lse.float()).contiguous()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PlanError, message
-from longspan.kernel import native, sdpa
-from longspan.kernel.frame import Work
-from longspan.kernel.operation import operation
+from longspan.kernel.native import native
+from longspan.kernel.operation.operation import operation
 from longspan.kernel.plan import head_groups
+from longspan.kernel.sdpa import sdpa
 from longspan.kernel.sides import one_sided_groups
+from longspan.kernel.softmax.frame import Work
 from longspan.pattern import Pattern
 from longspan.score import Scores
 

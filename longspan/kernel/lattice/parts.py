@@ -18,9 +18,9 @@ from longspan.derive.diagonal import staircases
 from longspan.derive.region import Region, regions
 from longspan.derive.terms import terms
 from longspan.derive.tiling import SIZE, Tile, cheapest
-from longspan.kernel.runs import CAUSAL, Runs, runs
-from longspan.kernel.scatter import Squares, scattered
-from longspan.kernel.staircase import triangles
+from longspan.kernel.lattice.runs import CAUSAL, Runs, runs
+from longspan.kernel.lattice.scatter import Squares, scattered
+from longspan.kernel.lattice.staircase import triangles
 from longspan.pattern import Pattern
 
 # How far the next rectangle lies on, outer and inner, for queries and for keys.

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from longspan.kernel.band import Band
-from longspan.kernel.parts import Lattice
+from longspan.kernel.flash.band import Band
+from longspan.kernel.lattice.parts import Lattice
 
 
 def chained(piece: Band) -> Band:

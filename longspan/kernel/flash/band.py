@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from longspan.derive.tiling import SIZE
-from longspan.kernel.parts import Lattice
+from longspan.kernel.lattice.parts import Lattice
 
 
 @dataclass(frozen=True)

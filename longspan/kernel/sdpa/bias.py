@@ -15,8 +15,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from longspan.kernel.calls import Call
-from longspan.kernel.parts import Part
+from longspan.kernel.lattice.calls import Call
+from longspan.kernel.lattice.parts import Part
 
 # Bytes of biases that are kept, at most.
 KEPT = 64 * 2**20

@@ -14,11 +14,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
-from longspan.kernel.band import Band
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.joins import below, beside, chained, trimmed
-from longspan.kernel.numbers import named
-from longspan.kernel.parts import Lattice, Part
+from longspan.kernel.flash.band import Band
+from longspan.kernel.flash.joins import below, beside, chained, trimmed
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.numbers import named
+from longspan.kernel.lattice.parts import Lattice, Part
 
 # Parts and bands of one group of heads that are looked at, at most: each is a call.
 MOST = 256
@@ -45,7 +45,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
     Law: the bands of a group hold every pair as often as its parts do.
 
     Example:
-        >>> from longspan.kernel.parts import parts
+        >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal, Window
         >>> alone = HeadGroup(range(1), parts(Causal() & Window(512), range(8192), range(8192)))
         >>> [group] = band_groups((alone,), 8192)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longspan.kernel.calls import HeadGroup
-from longspan.kernel.finite import cleared, spoiled
-from longspan.kernel.rows import sinks_gradient, with_sinks, without_silent
+from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.softmax.finite import cleared, spoiled
+from longspan.kernel.softmax.rows import sinks_gradient, with_sinks, without_silent
 
 
 @dataclass(frozen=True, eq=False)

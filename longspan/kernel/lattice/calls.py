@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.kernel.parts import Lattice, Part
+from longspan.kernel.lattice.parts import Lattice, Part
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ def slices(part: Part, needed: Callable[[Lattice, Lattice], int], numbers: int) 
     """Cut the rectangles of a part so that each needs no more than some numbers; those with a mask are left whole.
 
     Example:
-        >>> from longspan.kernel.parts import parts
+        >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal
         >>> [whole] = parts(Causal(), range(1000), range(1000))
         >>> for some in slices(whole, lambda query, key: query.places * key.places, 260_000):

@@ -1,6 +1,6 @@
 """The compiler: the native kernel's libraries, built from its source by whatever C++ compiler there is.
 
-    python -m longspan.kernel.compiler
+    python -m longspan.kernel.native.compiler
 
 Run when Longspan is installed, and by that line at any time after. One library for each set of instructions; which of
 them a processor has is found out when the kernel is used. Nothing of Longspan is imported here, since it is not

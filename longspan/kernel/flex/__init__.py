@@ -1,0 +1,1 @@
+"""FlexAttention, and what else takes blocks as lists."""

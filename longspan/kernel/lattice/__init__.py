@@ -1,0 +1,1 @@
+"""Blocks as lattices of rectangles: strided views that a few batched calls take."""

@@ -1,0 +1,1 @@
+"""The native kernel: a C++ library of our own, for CPU."""

@@ -1,0 +1,1 @@
+"""Attention as one operation, with a derivative and for torch.compile."""

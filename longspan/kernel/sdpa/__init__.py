@@ -1,0 +1,1 @@
+"""PyTorch's flash attention on CPU."""

@@ -1,0 +1,1 @@
+"""Programs of our own in Triton's language."""
