@@ -96,7 +96,7 @@ def cells(options: argparse.Namespace, part: str, seed: int) -> list[Cell]:
         plain,
         length=context // 2,
         window=None,
-        margin=Recipe.margin,
+        margin=None,
         method="full",
         rate=1e-3,
         batch=8,

@@ -15,10 +15,10 @@ from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
 
 from longspan import cli
-from longspan.extend.recipe import CHOICES, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
+from longspan.extend.recipe import CHOICES, FAR, NEAR, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
 
 # Of a recipe, what has no number or word of its own by default.
-SAID_IN_WORDS = {"model", "text", "column", "window", "stages", "rate"}
+SAID_IN_WORDS = {"model", "text", "column", "window", "stages", "rate", "passkeys", *NEAR}
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_what_is_shown_as_the_default_is_the_recipe_s():
             value = field.default
             assert option.show_default == (f"{value:g}" if isinstance(value, float) else str(value))
     planned = {option.name: option.default for option in commands["plan"].params}
-    assert (planned["length"], planned["steps"]) == (str(Recipe.length), Recipe.steps)
+    assert (planned["length"], planned["steps"]) == (str(Recipe.length), None)
     for name, known in CHOICES.items():
         assert options[name].metavar.split("|") == list(known)
 
@@ -236,6 +236,13 @@ def test_what_follows_from_other_options_is_shown_as_it_is_chosen():
     assert Recipe(length=8 * WHOLE).stages == STAGES
     assert min(Recipe(length=2 * SHORTEST).windows) == SHORTEST
     # What the recipe says of itself are the same numbers.
-    told = Recipe.__doc__
+    told = " ".join(Recipe.__doc__.split())
+    assert NEAR.keys() == FAR.keys()
+    for name in NEAR:
+        values = (getattr(Recipe(length=length), name) for length in (WHOLE, WHOLE + 1))
+        near, far = (f'"{value}"' if isinstance(value, str) else f"{value:g}" for value in values)
+        assert f"None is {near}, and {far} for more than {WHOLE:,} tokens." in told
+        assert shown[name] == f"{near}, {far} for more than {WHOLE:,} tokens".replace('"', "")
+    assert Recipe(repeats=0.25).passkeys == 0.75
     assert f"`length` up to {WHOLE:,}" in told and f"whose windows have {SHORTEST:,} tokens" in told
     assert [float(rate) for rate in re.findall(r"[\d.]+e-\d+", told)] == [RATES["full"], RATE]

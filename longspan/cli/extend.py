@@ -11,9 +11,14 @@ import typer
 from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
-from longspan.extend.recipe import CHOICES, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
+from longspan.extend.recipe import CHOICES, FAR, NEAR, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
 
 _OUTPUT = Path("extended")
+
+
+def _by_length(name: str) -> str:
+    near, far = (value if isinstance(value, str) else f"{value:g}" for value in (NEAR[name], FAR[name]))
+    return f"{near}, {far} for more than {WHOLE:,} tokens"
 
 
 def command(
@@ -48,7 +53,7 @@ def command(
         typer.Option(
             metavar="F",
             help="Stretch this much further than the lengths ask for.",
-            show_default=f"{Recipe.margin:g}",
+            show_default=_by_length("margin"),
         ),
     ] = None,
     pattern: Annotated[
@@ -57,7 +62,7 @@ def command(
             metavar="EXPRESSION",
             help='What each query reads while training, such as "S2(1024)"; {1/4} is a quarter of the window, '
             '";" stands between patterns of layers. The result reads densely.',
-            show_default=Recipe.pattern,
+            show_default=_by_length("pattern"),
         ),
     ] = None,
     method: Annotated[
@@ -101,7 +106,8 @@ def command(
         ),
     ] = None,
     steps: Annotated[
-        int | None, typer.Option(metavar="N", help="Updates of the weights.", show_default=str(Recipe.steps))
+        int | None,
+        typer.Option(metavar="N", help="Updates of the weights.", show_default=_by_length("steps")),
     ] = None,
     batch: Annotated[
         int | None,
@@ -130,13 +136,13 @@ def command(
     repeats: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Windows in which segments recur.", show_default=f"{Recipe.repeats:g}"
+            metavar="SHARE", help="Windows in which segments recur.", show_default=_by_length("repeats")
         ),
     ] = None,
     passkeys: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Windows that hide a passkey.", show_default=f"{Recipe.passkeys:g}"
+            metavar="SHARE", help="Windows that hide a passkey.", show_default="all in which nothing recurs"
         ),
     ] = None,
     activations: Annotated[

@@ -22,7 +22,14 @@ def command(
     speed: Annotated[
         float, typer.Option(metavar="TFLOPS", help="What each sustains, in 10^12 operations per second.")
     ] = 300.0,
-    steps: Annotated[int, typer.Option(metavar="N", help="Updates of the weights.")] = Recipe.steps,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Updates of the weights.",
+            show_default="as many as `longspan extend` makes",
+        ),
+    ] = None,
 ) -> None:
     """Say what an extension would take, and which way to go.
 

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from longspan.derive.cost import cost
 from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
-from longspan.extend.recipe import METHODS, Recipe
+from longspan.extend.recipe import METHODS, NEAR, Recipe
 from longspan.pattern import parse
 from longspan.size import size
 
@@ -218,13 +218,15 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
     """Return what to choose, each with its reason: positions, pattern, method, ranks, and other architectures."""
     factor = recipe.length / config.max_position_embeddings
     rows = [("positions", _positions(factor))]
-    if recipe.length <= _DENSE:
-        rows.append(("pattern", f'"Causal()": up to {_DENSE:,} tokens dense attention is cheap'))
+    if recipe.window <= _DENSE:
+        rows.append(
+            ("pattern", f'"Causal()": in windows of up to {_DENSE:,} tokens dense attention is cheap')
+        )
     else:
         rows.append(
             (
                 "pattern",
-                f'"{recipe.pattern}": more than {_DENSE:,} tokens; the result reads densely all the same',
+                f'"{NEAR["pattern"]}": windows of more than {_DENSE:,} tokens; the result reads densely all the same',
             )
         )
     choices = by_method(config, recipe, machine)

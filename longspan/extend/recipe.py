@@ -20,6 +20,11 @@ WHOLE = 4096
 SHORTEST = 1024
 STAGES = 3
 
+# What is taken where nothing is said: for lengths that one window holds, and for longer ones, which are harder: far more
+# keys compete in reading than in any window, so there all that it has do.
+NEAR = {"margin": 1.5, "pattern": "Streaming({1/4}, sinks={1/8})", "repeats": 0.0, "steps": 450}
+FAR = {"margin": 2.0, "pattern": "Causal()", "repeats": 0.3, "steps": 700}
+
 CHOICES = {
     "method": METHODS,
     "documents": ("joined", "packed"),
@@ -54,9 +59,10 @@ class Recipe:
             "longrope", with factors searched on the text; a file of factors, see `longspan.extend.stretch.settled`; or
             any frequency of `longspan.frequency`, itself or as text, which says its stretch and needs no margin.
         margin: how much further positions are stretched than the lengths ask for, see
-            `longspan.hf.config.rope_parameters`.
+            `longspan.hf.config.rope_parameters`. None is 1.5, and 2 for more than 4,096 tokens.
         pattern: what each query reads while training, an expression; the result reads densely. `{1/4}` stands for a
-            quarter of the window. Several, with ";" between them, are one for each layer.
+            quarter of the window. Several, with ";" between them, are one for each layer. None is
+            "Streaming({1/4}, sinks={1/8})", and "Causal()" for more than 4,096 tokens.
         method: which weights are trained. "full": all; "lora": small matrices beside the projections of attention;
             "lora+": those, and embeddings and norms whole (LongLoRA); "qlora": "lora" beside weights of 4 bits.
         window: tokens of a training window. None is `length` up to 4,096, and a quarter of a longer one but no fewer,
@@ -67,13 +73,14 @@ class Recipe:
         positions: what happens in windows shorter than `length`. "skipping": positions jump once, so that a window
             reaches over all of `length` and its margin (PoSE); "counted": they count on, as far as the window goes.
         documents: "joined": a window reads over the ends of documents; "packed": every document in it is read alone.
-        steps: updates of the weights.
+        steps: updates of the weights. None is 450, and 700 for more than 4,096 tokens.
         batch: windows at a time, on each device.
         accumulate: how many times that many windows make one step.
         rate: peak learning rate; None is 2e-5 for "full" and 1.5e-3 for the others.
         rank: rank of the LoRA matrices.
-        repeats: share of windows in which segments recur.
-        passkeys: share of windows that hide a passkey in their text; the rest is text alone.
+        repeats: share of windows in which segments recur, so that each teaches to look back many times. None is 0,
+            and 0.3 for more than 4,096 tokens.
+        passkeys: share of windows that hide a passkey in their text; the rest is text alone. None is all others.
         activations: "kept" for the way back; "recomputed" on it, layer by layer: a third more time, far less memory;
             or "offloaded" to the CPU's memory from a CUDA device.
         loss: "chunked": logits of few tokens at a time; "whole": of all, as the model does it.
@@ -103,20 +110,20 @@ class Recipe:
     column: str | None = None
     length: int = 4096
     rope: str = "yarn"
-    margin: float = 1.5
-    pattern: str = "Streaming({1/4}, sinks={1/8})"
+    margin: float | None = None
+    pattern: str | None = None
     method: str = "lora+"
     window: int | None = None
     stages: int | None = None
     positions: str = "skipping"
     documents: str = "joined"
-    steps: int = 450
+    steps: int | None = None
     batch: int = 1
     accumulate: int = 1
     rate: float | None = None
     rank: int = 32
-    repeats: float = 0.0
-    passkeys: float = 1.0
+    repeats: float | None = None
+    passkeys: float | None = None
     activations: str = "kept"
     loss: str = "chunked"
     sequence_ranks: int = 1
@@ -133,6 +140,11 @@ class Recipe:
             _check_type(field.name, str(field.type), getattr(self, field.name))
         if self.rate is None:
             object.__setattr__(self, "rate", RATES.get(self.method, RATE))
+        for name, value in (NEAR if self.length <= WHOLE else FAR).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.passkeys is None:
+            object.__setattr__(self, "passkeys", max(0.0, 1 - self.repeats))
         if self.window is None:
             object.__setattr__(self, "window", self._usual_window())
         if self.stages is None:
