@@ -7,6 +7,7 @@ import math
 import platform
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,11 @@ def test_a_single_key_is_given_whole():
 
 
 @needed
-@pytest.mark.parametrize("pattern", [SlidingWindow(40), LongNet((32, 128), (1, 4))], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [SlidingWindow(40), LongNet((32, 128), (1, 4)), BigBird(16), LongMixed(16, dilation=8)],
+    ids=str,
+)
 def test_threads_change_no_number(pattern: Pattern, monkeypatch: pytest.MonkeyPatch):
     results = []
     for threads in (1, 2, 4):
@@ -183,6 +188,24 @@ def test_threads_change_no_number(pattern: Pattern, monkeypatch: pytest.MonkeyPa
         results.append([output, lse, *torch.autograd.grad([output.sum() + lse.sum()], leaves)])
     for made in results[1:]:
         assert all(torch.equal(one, other) for one, other in zip(made, results[0], strict=True))
+
+
+@needed
+@pytest.mark.parametrize(("key_heads", "abreast"), [(4, [2]), (1, [])])
+def test_heads_of_their_own_patterns_go_side_by_side(
+    key_heads: int, abreast: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """Backward, where each has keys of its own; those that share keys add to the same gradients, one after the other."""
+    asked = []
+
+    def pool(workers: int) -> ThreadPoolExecutor:
+        asked.append(workers)
+        return ThreadPoolExecutor(workers)
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(native, "ThreadPoolExecutor", pool)
+    check(BigBird(16), tensors(300, 300, torch.float32, CPU, heads=4, key_heads=key_heads, batch=1), "native")
+    assert asked == abreast
 
 
 @needed

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
 from functools import lru_cache
@@ -260,7 +261,15 @@ def _run(
         asked = [each for _, some in called for each in some]
     else:
         call = getattr(_library, f"longspan_{direction}")
-        failed = [call(ctypes.byref(each)) for each in asked]
+        abreast = _abreast(asked) if direction == "backward" else 1
+        for each in asked:
+            each.threads = max(1, each.threads // abreast)
+        pointers = [ctypes.byref(each) for each in asked]
+        if abreast == 1:
+            failed = list(map(call, pointers))
+        else:
+            with ThreadPoolExecutor(abreast) as pool:
+                failed = list(pool.map(call, pointers))
     if any(failed):
         raise MemoryError(f"The native kernel found no memory for {list(query.shape)}.")
     return not any(each.odd for each in asked)
@@ -268,12 +277,27 @@ def _run(
 
 def _sharing(asked: list[_Work]) -> list[list[_Work]]:
     """Return works apart from each other, or all together where two of them have a key head in common."""
+    return [[each] for each in asked] if _apart(_key_heads(asked)) else [asked]
+
+
+def _abreast(asked: list[_Work]) -> int:
+    """Return how many works are best done at a time: each shares out its key heads to threads, and may have few."""
+    read = _key_heads(asked)
+    if not asked or not _apart(read):
+        return 1
+    busy = min(each.batch * len(own) for own, each in zip(read, asked, strict=True))
+    return max(1, min(len(asked), asked[0].threads // max(1, busy)))
+
+
+def _key_heads(asked: list[_Work]) -> list[set[int]]:
     heads = [ctypes.cast(each.heads, POINTER(c_int64)) for each in asked]
-    read = [
+    return [
         {own[n] // each.share for n in range(each.heads_read)} for own, each in zip(heads, asked, strict=True)
     ]
-    apart = sum(map(len, read)) == len(set().union(*read))
-    return [[each] for each in asked] if apart else [asked]
+
+
+def _apart(read: list[set[int]]) -> bool:
+    return sum(map(len, read)) == len(set().union(*read))
 
 
 def _fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
