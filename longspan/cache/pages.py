@@ -108,8 +108,9 @@ class Pool:
             each: pages of a list.
 
         Returns:
-            int64 `[lists, each]`, arrays of NumPy, for tensors of inference mode may not be changed outside of it. A list goes on in the page behind its last one, and starts where most room is left
-            to go on, in the middle of it, so that what was there may go on too.
+            int64 `[lists, each]`, an array of NumPy, for tensors of inference mode may not be changed outside of it. A list
+            goes on in the page behind its last one, and starts where most room is left to go on, in the middle of it, so
+            that what was there may go on too.
         """
         self.check(len(after) * each)
         behind = after[:, None] + 1

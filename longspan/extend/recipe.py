@@ -20,8 +20,8 @@ WHOLE = 4096
 SHORTEST = 1024
 STAGES = 3
 
-# What is taken where nothing is said: for lengths that one window holds, and for longer ones, which are harder: far more
-# keys compete in reading than in any window, so there all that it has do.
+# What is taken where nothing is said: for lengths that one window holds, and for longer ones, which are harder. Far more keys
+# compete in reading those than in any window, so their windows are read densely.
 NEAR = {"margin": 1.5, "pattern": "Streaming({1/4}, sinks={1/8})", "repeats": 0.0, "steps": 450}
 FAR = {"margin": 2.0, "pattern": "Causal()", "repeats": 0.3, "steps": 700}
 

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int64, c_void_p
 from functools import lru_cache
 
 import numpy as np
@@ -224,11 +224,13 @@ def _run(
     if not query.numel() or not key.shape[2]:
         return True
     brief = query.dtype == torch.bfloat16
-    asked, kept = [], []
+    share = query.shape[1] // key.shape[1]
+    asked, kept, read = [], [], []
     for members, parts in _joined(work.groups):
         table, _ = _table(parts)
         heads = (c_int64 * len(members))(*members)
         kept.append((table, heads))
+        read.append({head // share for head in members})
         asked.append(
             _Work(
                 **{
@@ -241,7 +243,7 @@ def _run(
                 batch=query.shape[0],
                 heads_read=len(heads),
                 heads_all=query.shape[1],
-                share=query.shape[1] // key.shape[1],
+                share=share,
                 queries=query.shape[2],
                 keys=key.shape[2],
                 width=query.shape[3],
@@ -255,13 +257,16 @@ def _run(
                 scale=work.scale,
             )
         )
+    # Where no two have a key head in common, none adds to what another does.
+    apart = sum(map(len, read)) == len(set().union(*read))
     if direction == "backward" and brief:
-        called = [(_library.longspan_backward_brief, (_Work * len(some))(*some)) for some in _sharing(asked)]
+        shared = [[each] for each in asked] if apart else [asked]
+        called = [(_library.longspan_backward_brief, (_Work * len(some))(*some)) for some in shared]
         failed = [call(some, c_int64(len(some))) for call, some in called]
         asked = [each for _, some in called for each in some]
     else:
         call = getattr(_library, f"longspan_{direction}")
-        abreast = _abreast(asked) if direction == "backward" else 1
+        abreast = _abreast(query.shape[0], read) if direction == "backward" and apart else 1
         for each in asked:
             each.threads = max(1, each.threads // abreast)
         pointers = [ctypes.byref(each) for each in asked]
@@ -275,29 +280,10 @@ def _run(
     return not any(each.odd for each in asked)
 
 
-def _sharing(asked: list[_Work]) -> list[list[_Work]]:
-    """Return works apart from each other, or all together where two of them have a key head in common."""
-    return [[each] for each in asked] if _apart(_key_heads(asked)) else [asked]
-
-
-def _abreast(asked: list[_Work]) -> int:
+def _abreast(batch: int, read: list[set[int]]) -> int:
     """Return how many works are best done at a time: each shares out its key heads to threads, and may have few."""
-    read = _key_heads(asked)
-    if not asked or not _apart(read):
-        return 1
-    busy = min(each.batch * len(own) for own, each in zip(read, asked, strict=True))
-    return max(1, min(len(asked), asked[0].threads // max(1, busy)))
-
-
-def _key_heads(asked: list[_Work]) -> list[set[int]]:
-    heads = [ctypes.cast(each.heads, POINTER(c_int64)) for each in asked]
-    return [
-        {own[n] // each.share for n in range(each.heads_read)} for own, each in zip(heads, asked, strict=True)
-    ]
-
-
-def _apart(read: list[set[int]]) -> bool:
-    return sum(map(len, read)) == len(set().union(*read))
+    busy = batch * min(map(len, read), default=1)
+    return max(1, min(len(read), torch.get_num_threads() // max(1, busy)))
 
 
 def _fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
