@@ -18,7 +18,7 @@ from longspan import cli
 from longspan.extend.recipe import CHOICES, FAR, NEAR, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
 
 # Of a recipe, what has no number or word of its own by default.
-SAID_IN_WORDS = {"model", "text", "column", "window", "stages", "rate", "passkeys", *NEAR}
+SAID_IN_WORDS = {"model", "text", "column", "window", "stages", "rate", *NEAR}
 
 
 @pytest.fixture(scope="module")
@@ -243,6 +243,6 @@ def test_what_follows_from_other_options_is_shown_as_it_is_chosen():
         near, far = (f'"{value}"' if isinstance(value, str) else f"{value:g}" for value in values)
         assert f"None is {near}, and {far} for more than {WHOLE:,} tokens." in told
         assert shown[name] == f"{near}, {far} for more than {WHOLE:,} tokens".replace('"', "")
-    assert Recipe(repeats=0.25).passkeys == 0.75
+    assert (Recipe(repeats=0.75).passkeys, Recipe(passkeys=1.0, length=WHOLE + 1).repeats) == (0.25, 0.0)
     assert f"`length` up to {WHOLE:,}" in told and f"whose windows have {SHORTEST:,} tokens" in told
     assert [float(rate) for rate in re.findall(r"[\d.]+e-\d+", told)] == [RATES["full"], RATE]

@@ -56,7 +56,7 @@ def undisturbed(recipe, tmp_path_factory) -> tuple[Path, list[float]]:
 
 
 def listener(losses):
-    return lambda name, done: lambda done, total, *, loss: losses.append(loss)
+    return lambda name, done: lambda done, total, **loss: losses.extend(loss.values())
 
 
 def die():
@@ -65,7 +65,7 @@ def die():
 
 def in_step(number):
     def moment():
-        def step(done, total, *, loss):
+        def step(done, total, **loss):
             if done == number * 2 * LENGTH:
                 die()
 
@@ -160,7 +160,7 @@ def trained(tmp_path, disturb):
             windows,
             small,
             folder=tmp_path / "training",
-            progress=lambda done, total, *, loss: disturb(adapted, next(count)),
+            progress=lambda done, total, **loss: disturb(adapted, next(count)),
         )
     return stopped.value, adapted
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -151,6 +153,29 @@ def test_recipes_that_cannot_be(options, problem):
         Recipe(**options)
 
 
+def test_windows_of_a_step_are_of_one_kind_and_one_that_hides_a_passkey_teaches_nothing_else():
+    mixed = windows(length=400, steps=60, batch=2, accumulate=2, repeats=0.3, passkeys=0.4)
+    decode, kinds = byte_tokenizer().decode, [mixed.kind(step) for step in range(60)]
+    assert {kind: 8 < kinds.count(kind) < 34 for kind in ("segments", "passkey", "text")} == dict.fromkeys(
+        ("segments", "passkey", "text"), True
+    )
+    depths = []
+    for number in range(len(mixed)):
+        ids, labels = mixed[number]["input_ids"], mixed[number]["labels"]
+        taught = labels != -100
+        if kinds[number // 4] == "passkey":
+            answer = decode(ids[taught])
+            assert re.fullmatch(r" \d{5}", answer) and decode(ids).endswith(f"The pass key is{answer}")
+            assert decode(ids).count(answer.strip()) == 3
+            depths.append(decode(ids).index(answer.strip()) / len(ids))
+        else:
+            assert taught.all() and "pass key" not in decode(ids)
+        assert torch.equal(labels[taught], ids[taught])
+    # What kind a step is of says nothing of the depth at which its windows hide a key.
+    assert min(depths[::4]) < 0.3 and max(depths[::4]) > 0.6
+
+
 def test_a_window_too_short_for_a_passkey_is_text():
     short = windows(length=40, passkeys=1.0)
     assert "pass key" not in byte_tokenizer().decode(short[0]["input_ids"])
+    assert short.kind(0) == "text" and torch.equal(short[0]["input_ids"], short[0]["labels"])

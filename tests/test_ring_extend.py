@@ -52,8 +52,8 @@ def process(rank: int, recipe: Recipe | None, output: Path, stop: int) -> list[f
     losses = []
 
     def progress(name: str, done: int) -> Any:
-        def report(done: int, total: int, *, loss: float) -> None:
-            losses.append(loss)
+        def report(done: int, total: int, **loss: float) -> None:
+            losses.extend(loss.values())
             if len(losses) == stop and rank == 0:
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -76,7 +76,7 @@ def test_any_number_of_processes_trains_the_same_model(recipe: Recipe, tmp_path:
     extension.extend(
         recipe,
         tmp_path / "alone",
-        progress=lambda name, done: lambda done, total, *, loss: alone.append(loss),
+        progress=lambda name, done: lambda done, total, **loss: alone.extend(loss.values()),
     )
     # Two of them begin, three go on.
     output = tmp_path / "together"

@@ -45,8 +45,8 @@ def extended(rank: int, recipe: Recipe | None, output: Path, victim: int, end: s
     environment(rank)
     losses = []
 
-    def step(done: int, total: int, *, loss: float) -> None:
-        losses.append(loss)
+    def step(done: int, total: int, **loss: float) -> None:
+        losses.extend(loss.values())
         if rank == dist.get_world_size() - 1 and len(losses) == victim:
             # So that what it last said is known.
             time.sleep(1)
@@ -81,7 +81,7 @@ def test_a_lost_process_ends_the_training_and_its_last_state_is_whole(
     extension.extend(
         recipe,
         tmp_path / "alone",
-        progress=lambda name, done: lambda done, total, *, loss: alone.append(loss),
+        progress=lambda name, done: lambda done, total, **loss: alone.extend(loss.values()),
     )
     output = tmp_path / "out"
 
@@ -117,7 +117,9 @@ def test_a_lost_process_ends_the_training_and_its_last_state_is_whole(
     # Three go on from step 10, and one of them hangs.
     assert lost(3, None, 1, signal.SIGSTOP) == [said(0, 2), said(1, 2)]
     went_on: list[float] = []
-    extension.resume(output, progress=lambda name, done: lambda done, total, *, loss: went_on.append(loss))
+    extension.resume(
+        output, progress=lambda name, done: lambda done, total, **loss: went_on.extend(loss.values())
+    )
     assert went_on == pytest.approx(alone[10:], abs=2e-6)
 
 

@@ -136,13 +136,17 @@ def command(
     repeats: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Windows in which segments recur.", show_default=_by_length("repeats")
+            metavar="SHARE",
+            help="Steps on windows in which segments recur.",
+            show_default=_by_length("repeats"),
         ),
     ] = None,
     passkeys: Annotated[
         float | None,
         typer.Option(
-            metavar="SHARE", help="Windows that hide a passkey.", show_default="all in which nothing recurs"
+            metavar="SHARE",
+            help="Steps on windows that hide a passkey, and teach to find it.",
+            show_default=_by_length("passkeys"),
         ),
     ] = None,
     activations: Annotated[

@@ -86,6 +86,7 @@ class Task:
         self._clock = clock
         self._bars = bars
         self._begun = self._written = clock()
+        self._figures: dict[str, float | str] = {}
         self._row = bars.add_task(name, total=None, figures="") if bars is not None else None
 
     def __call__(self, done: int, total: int, **figures: float | str) -> None:
@@ -94,11 +95,13 @@ class Task:
         Args:
             done: tokens done.
             total: tokens in all.
-            figures: what else to show, by name; numbers get three decimals.
+            figures: what else to show, by name, beside the last of every other name; numbers get three decimals.
         """
         now = self._clock()
+        self._figures |= figures
         words = [
-            f"{name} {value if isinstance(value, str) else f'{value:.3f}'}" for name, value in figures.items()
+            f"{name} {value if isinstance(value, str) else f'{value:.3f}'}"
+            for name, value in self._figures.items()
         ]
         words += self._times(done, total, now - self._begun)
         if self._bars is not None and self._row is not None:

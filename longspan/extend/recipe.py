@@ -22,8 +22,14 @@ STAGES = 3
 
 # What is taken where nothing is said: for lengths that one window holds, and for longer ones, which are harder. Far more keys
 # compete in reading those than in any window, so their windows are read densely.
-NEAR = {"margin": 1.5, "pattern": "Streaming({1/4}, sinks={1/8})", "repeats": 0.0, "steps": 450}
-FAR = {"margin": 2.0, "pattern": "Causal()", "repeats": 0.3, "steps": 700}
+NEAR = {
+    "margin": 1.5,
+    "pattern": "Streaming({1/4}, sinks={1/8})",
+    "repeats": 0.0,
+    "passkeys": 0.4,
+    "steps": 450,
+}
+FAR = {"margin": 2.0, "pattern": "Causal()", "repeats": 0.2, "passkeys": 0.3, "steps": 700}
 
 CHOICES = {
     "method": METHODS,
@@ -43,6 +49,7 @@ _LEAST = {
     "seed": 0,
     "sequence_ranks": 0,
 }
+_SHARES = ("repeats", "passkeys")
 _SHARE = re.compile(r"\{\s*(\d+)\s*/\s*([1-9]\d*)\s*\}")
 
 
@@ -78,9 +85,11 @@ class Recipe:
         accumulate: how many times that many windows make one step.
         rate: peak learning rate; None is 2e-5 for "full" and 1.5e-3 for the others.
         rank: rank of the LoRA matrices.
-        repeats: share of windows in which segments recur, so that each teaches to look back many times. None is 0,
-            and 0.3 for more than 4,096 tokens.
-        passkeys: share of windows that hide a passkey in their text; the rest is text alone. None is all others.
+        repeats: share of steps in whose windows segments recur, so that each teaches to look back many times. None is
+            0, and 0.2 for more than 4,096 tokens.
+        passkeys: share of steps whose windows hide a passkey in their text, and teach to find it and nothing else. In
+            all others windows are text, and teach that. None is 0.4, and 0.3 for more than 4,096 tokens. Where one
+            of both shares is told, the other is no more than the rest.
         activations: "kept" for the way back; "recomputed" on it, layer by layer: a third more time, far less memory;
             or "offloaded" to the CPU's memory from a CUDA device.
         loss: "chunked": logits of few tokens at a time; "whole": of all, as the model does it.
@@ -140,11 +149,11 @@ class Recipe:
             _check_type(field.name, str(field.type), getattr(self, field.name))
         if self.rate is None:
             object.__setattr__(self, "rate", RATES.get(self.method, RATE))
+        # A share that is told leaves the other the rest at most.
+        rest = max(0.0, 1 - (self.repeats or 0) - (self.passkeys or 0))
         for name, value in (NEAR if self.length <= WHOLE else FAR).items():
             if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        if self.passkeys is None:
-            object.__setattr__(self, "passkeys", max(0.0, 1 - self.repeats))
+                object.__setattr__(self, name, min(value, rest) if name in _SHARES else value)
         if self.window is None:
             object.__setattr__(self, "window", self._usual_window())
         if self.stages is None:

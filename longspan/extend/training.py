@@ -44,12 +44,15 @@ from longspan.size import size
 
 # States that are kept, the last ones; while the next one is written there is one more.
 KEPT = 2
+# What the losses of the kinds of windows are called.
+_LOSSES = {"text": "loss", "segments": "of segments", "passkey": "of passkeys"}
 
 
 class Progress(Protocol):
-    """Called after every step with the tokens done, the tokens in all, and the loss where there is one."""
+    """Called after every step with the tokens done, the tokens in all, and the loss by a name that says of what: `loss` of
+    text, and by other names that of windows which teach retrieval."""
 
-    def __call__(self, done: int, total: int, *, loss: float = ...) -> None: ...
+    def __call__(self, done: int, total: int, **loss: float) -> None: ...
 
 
 def train(
@@ -92,7 +95,7 @@ def train(
     arguments = _arguments(recipe, folder, kind == "cpu")
     causal = causal_model(model)
     stop = _Stop()
-    reporting = _Reporting(recipe, progress)
+    reporting = _Reporting(windows, progress)
     keeping = _Keeping(folder, trained_bytes(model))
     with (
         warnings.catch_warnings(),
@@ -202,10 +205,8 @@ class _Trainer(Trainer):
         return loss
 
     def _get_train_sampler(self, *given: Any) -> Sampler | None:
-        # Stages come one after the other; windows of one stage may come in any order.
-        if self.recipe.stages > 1:
-            return SequentialSampler(self.train_dataset)
-        return super()._get_train_sampler(*given)
+        # The windows are drawn at random, and stand in their order.
+        return SequentialSampler(self.train_dataset)
 
     def _diverged(self, found: str) -> InputError:
         last = states.last(Path(self.args.output_dir))
@@ -245,8 +246,8 @@ class _Stop(TrainerCallback):
 class _Reporting(TrainerCallback):
     """Hands every logged loss on."""
 
-    def __init__(self, recipe: Recipe, progress: Progress | None) -> None:
-        self.recipe, self.progress = recipe, progress
+    def __init__(self, windows: TrainingWindows, progress: Progress | None) -> None:
+        self.windows, self.progress = windows, progress
 
     def on_log(
         self,
@@ -257,8 +258,11 @@ class _Reporting(TrainerCallback):
         **options: Any,
     ) -> None:
         if self.progress is not None and logs and "loss" in logs:
-            done, total = (self.recipe.tokens(steps) for steps in (state.global_step, state.max_steps))
-            self.progress(done, total, loss=float(logs["loss"]))
+            done, total = (
+                self.windows.recipe.tokens(steps) for steps in (state.global_step, state.max_steps)
+            )
+            name = _LOSSES[self.windows.kind(state.global_step - 1)]
+            self.progress(done, total, **{name: float(logs["loss"])})
 
 
 class _Keeping(TrainerCallback):

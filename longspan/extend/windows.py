@@ -22,11 +22,11 @@ _IGNORED = -100
 
 
 class TrainingWindows(torch.utils.data.Dataset):
-    """The windows of a recipe; number `n` is always the same.
+    """The windows of a recipe, in the order in which they are read; number `n` is always the same.
 
     A window depends on the seed and its number alone, so a run that is interrupted goes on with the windows that
-    it would have seen. Each begins with what the tokenizer puts in front of a text. Where a training has stages,
-    windows come in the order of their numbers.
+    it would have seen. Each begins with what the tokenizer puts in front of a text. All windows of a step are of one
+    kind: a step that takes the mean over their labels would not hear a passkey's few digits beside the text of others.
 
     Args:
         corpus: the text, of at least `recipe.window` tokens.
@@ -50,15 +50,20 @@ class TrainingWindows(torch.utils.data.Dataset):
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
         recipe = self.recipe
         rng = np.random.default_rng((recipe.seed, number))
-        window = recipe.windows[recipe.stage(number // self.per_step)]
-        body, starts = self._body(rng, window - len(self.opening), window)
+        step = number // self.per_step
+        window = recipe.windows[recipe.stage(step)]
+        body, starts, answer = self._body(self.kind(step), rng, window - len(self.opening))
         ids = torch.from_numpy(np.concatenate([self.opening, body]))
-        item = {"input_ids": ids, "labels": ids, "window": torch.tensor(number)}
+        labels = ids
+        if answer:
+            labels = ids.clone()
+            labels[:-answer] = _IGNORED
+        item = {"input_ids": ids, "labels": labels, "window": torch.tensor(number)}
         if recipe.documents == "packed":
             # The opening belongs to the first document, as far as there is one.
             starts = starts + len(self.opening)
-            labels = ids.clone()
             # Nothing in a document says how the next one begins.
+            labels = labels.clone()
             labels[starts] = _IGNORED
             item |= {"labels": labels, "position_ids": torch.from_numpy(restarting(starts, window))}
         if recipe.skips and window < recipe.length:
@@ -67,18 +72,29 @@ class TrainingWindows(torch.utils.data.Dataset):
             item |= {"position_ids": torch.from_numpy(positions), "attention_mask": torch.ones_like(ids)}
         return item
 
-    def _body(self, rng: np.random.Generator, length: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return tokens, and the places after the first where a document begins in them."""
-        kind = rng.random()
+    def kind(self, step: int) -> str:
+        """Return what the windows of a step hold: "segments" that recur, a "passkey", or "text" alone."""
+        recipe = self.recipe
+        # Another stream than that of any window: a zero at the end would be the window of that number again.
+        drawn = np.random.default_rng((recipe.seed, step, 1)).random()
+        if drawn < recipe.repeats:
+            return "segments"
+        hides = drawn < recipe.repeats + recipe.passkeys
+        return "passkey" if hides and len(self.depths(recipe.windows[recipe.stage(step)])) else "text"
+
+    def _body(self, kind: str, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return tokens, the places after the first where a document begins, and how many of the last tokens are all
+        that is to be guessed; 0 is the whole window."""
         one = np.zeros(0, dtype=np.int64)
-        if kind < self.recipe.repeats:
-            return repeated_segments(self.corpus, length=length, rng=rng), one
-        if kind < self.recipe.repeats + self.recipe.passkeys and len(self.depths(window)):
-            depth = float(rng.choice(self.depths(window)))
-            return passkey_prompt(self.tokenizer, self.corpus, length=length, depth=depth, rng=rng).ids, one
+        if kind == "segments":
+            return repeated_segments(self.corpus, length=length, rng=rng), one, 0
+        if kind == "passkey":
+            depth = float(rng.choice(self.depths(length + len(self.opening))))
+            prompt = passkey_prompt(self.tokenizer, self.corpus, length=length, depth=depth, rng=rng)
+            return prompt.ids, one, prompt.answer
         start = int(rng.integers(0, len(self.corpus) - length + 1))
         starts = self.corpus.starts - start
-        return self.corpus.ids[start : start + length], starts[(starts > 0) & (starts < length)]
+        return self.corpus.ids[start : start + length], starts[(starts > 0) & (starts < length)], 0
 
     def _depths(self, window: int) -> np.ndarray:
         if window < self.least:
