@@ -45,7 +45,7 @@ from longspan.size import size
 # States that are kept, the last ones; while the next one is written there is one more.
 KEPT = 2
 # What the losses of the kinds of windows are called.
-_LOSSES = {"text": "loss", "segments": "of segments", "passkey": "of passkeys"}
+_LOSSES = {"text": "loss", "segments": "loss of segments", "passkey": "loss of passkeys"}
 
 
 class Progress(Protocol):
