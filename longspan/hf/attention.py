@@ -18,7 +18,7 @@ from longspan.hf.batch import Batch, describe, refusal, settled
 from longspan.hf.quiet import quiet
 from longspan.hf.traced import Outline
 from longspan.pattern import Causal, Pattern, Window
-from longspan.score import Score, Sinks, SoftCap
+from longspan.score import Score, Scores, Sinks, SoftCap
 
 NAME = "longspan"
 _NOTHING = nullcontext()
@@ -55,8 +55,8 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
     from 0; as everywhere in transformers, `position_ids` that restart or jump mark documents where neither
     a mask nor a cache is given, so give an `attention_mask` of ones with positions that skip.
 
-    `torch.compile` with `fullgraph=True` takes a model with patterns on CPU as it takes one without, padded, packed and
-    with a cache that grows. Soft-capped scores, a `PatternCache` and CUDA break the graph at every layer.
+    `torch.compile` with `fullgraph=True` takes a model with patterns as it takes one without, padded, packed and
+    with a cache that grows. A `PatternCache` breaks the graph at every layer.
 
     `generate` reads through any cache of transformers that holds keys as they are, growing or of a fixed size
     (`cache_implementation="static"`); of the latter what is filled is read. To hold no more than can still be read, give
@@ -143,10 +143,8 @@ def _traced(
     lowered = torch.is_autocast_enabled(query.device.type)
     dtype = torch.get_autocast_dtype(query.device.type) if lowered else value.dtype
     query, key, value = (side.to(dtype) for side in (query, key, value))
-    return (
-        traced.attend(query, key, value, setting.pattern, outline, windows, scaling, options.get("s_aux")),
-        None,
-    )
+    changes = Scores(options.get("softcap"), None, options.get("s_aux"))
+    return traced.attend(query, key, value, setting.pattern, outline, windows, scaling, changes), None
 
 
 def _attend(

@@ -125,12 +125,9 @@ def describe(
             f"its layers read in chunks of {local_size} tokens, which are not supported yet",
             fix="a model with full attention or a sliding window",
         )
-    # Other devices have no such operation, and no kernel of it caps scores.
     device = torch.device(options.get("device", "cpu"))
-    on_cpu = device.type == "cpu"
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
     spare = kv_offset + kv_length - end
-    tracing = torch.compiler.is_compiling() and on_cpu and not (capped or kv_offset or spare) and _traceable()
+    tracing = torch.compiler.is_compiling() and not (kv_offset or spare) and _traceable()
     shared = None if tracing else SHARED.get()
     if shared is not None:
         return replace(shared, window=local_size)

@@ -1,4 +1,4 @@
-"""Traced: attention in models that torch.compile makes into one graph, on CPU.
+"""Traced: attention in models that torch.compile makes into one graph.
 
 What a batch holds (its padding, its documents) decides which calls are made, and a graph cannot look into its tensors. So a
 graph holds one operation a layer, which looks when it runs, in the same way as everywhere else.
@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from longspan.hf.segment import Segment, unpacked, unpadded, whole
-from longspan.kernel.operation.opaque import KERNELS, numbered, pattern_of, work
+from longspan.kernel.choice import at_once
+from longspan.kernel.operation import compiled, opaque
+from longspan.kernel.operation.opaque import numbered, pattern_of
+from longspan.kernel.operation.operation import heads_inside, operation
 from longspan.pattern import Pattern, Window
 from longspan.score import Scores
 
@@ -50,15 +54,15 @@ def attend(
     outline: Outline,
     windows: list[int],
     scale: float | None,
-    sinks: Tensor | None,
+    changes: Scores,
 ) -> Tensor:
     """Return what `attend_segments` does for the sequences of a batch, `[batch, length, heads, width]`."""
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
         # The kernels take positive scales only.
         query, scale = query * scale, 1.0
-    given = (query, key, value, outline.real, outline.joined, sinks, windows, numbered(pattern), scale)
-    return _attend(*given)[0]
+    facts = (outline.real, outline.joined, windows, changes.limit, numbered(pattern), scale)
+    return _attend(query, key, value, changes.sinks, *facts)[0].transpose(1, 2)
 
 
 def _pieces(
@@ -68,20 +72,23 @@ def _pieces(
     real: Tensor | None,
     joined: Tensor | None,
     windows: list[int],
+    limit: float | None,
     number: int,
     scale: float,
-) -> Iterator[tuple[Any, Any, Any, list[Tensor]]]:
-    """Yield for each sequence its kernel, what is asked of it, where it lies, and its query, key and value."""
+) -> Iterator[tuple[Segment, list[Tensor], ModuleType, tuple[Any, ...]]]:
+    """Yield each sequence, its query, key and value, and what runs it with which facts."""
     pattern = pattern_of(number)
     for window in windows:
         pattern = pattern & Window(window)
     for segment in Outline(real, joined, key.shape[2], None).segments(query.shape[0], query.shape[2]):
         sides = [query[segment.rows][:, :, segment.queries]]
         sides += [side[segment.rows][:, :, segment.keys] for side in (key, value)]
-        rows, columns = sides[0].shape[2], sides[1].shape[2]
-        asked = work(pattern, query.shape[1], range(columns - rows, columns), columns, scale, None)
-        refused = KERNELS["native"].refusal(sides[0], Scores(), asked=False)
-        yield KERNELS["sdpa" if refused else "native"], asked, segment, sides
+        start = sides[1].shape[2] - sides[0].shape[2]
+        kernel = at_once(sides[0], Scores(limit, None, None), asked=None)
+        if kernel is None:
+            yield segment, sides, compiled, (None, limit, numbered(pattern), start, 1, scale, "")
+        else:
+            yield segment, sides, opaque, (None, numbered(pattern), start, 1, scale, kernel)
 
 
 def _place(tensor: Tensor, rows: Any, columns: Any) -> tuple[Any, Any]:
@@ -90,87 +97,53 @@ def _place(tensor: Tensor, rows: Any, columns: Any) -> tuple[Any, Any]:
     return (rows[:, None] if both else rows), columns
 
 
-@torch.library.custom_op("longspan::attend_batch", mutates_args=())
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    real: Tensor | None,
-    joined: Tensor | None,
-    sinks: Tensor | None,
-    windows: list[int],
-    number: int,
-    scale: float,
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *facts: Any
 ) -> tuple[Tensor, Tensor]:
     rows, heads, length, _ = query.shape
     output = query.new_zeros(rows, length, heads, value.shape[3])
     lse = query.new_full(
         (rows, length, heads), -torch.inf, dtype=torch.promote_types(query.dtype, torch.float32)
     )
-    for kernel, asked, segment, sides in _pieces(query, key, value, real, joined, windows, number, scale):
-        part, part_lse = kernel.forward(*sides, sinks, asked)
+    for segment, sides, runs, told in _pieces(query, key, value, *facts):
+        part, part_lse = runs.forward(*sides, sinks, *told)
         at = _place(output, segment.rows, segment.queries)
         output[at], lse[at] = part.transpose(1, 2), part_lse.transpose(1, 2)
-    return output, lse
+    return output.transpose(1, 2), lse.transpose(1, 2)
 
 
-@_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    rows, heads, length, _ = query.shape
-    exact = torch.promote_types(query.dtype, torch.float32)
-    return query.new_empty(rows, length, heads, value.shape[3]), query.new_empty(
-        rows, length, heads, dtype=exact
-    )
-
-
-@torch.library.custom_op("longspan::attend_batch_backward", mutates_args=())
-def _attend_backward(
-    grad_output: Tensor,
-    output: Tensor,
-    lse: Tensor,
+def _backward(
+    grad_output: Tensor | None,
+    grad_lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    real: Tensor | None,
-    joined: Tensor | None,
     sinks: Tensor | None,
-    windows: list[int],
-    number: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    output: Tensor,
+    lse: Tensor,
+    *facts: Any,
+) -> tuple[Tensor | None, ...]:
     made = [torch.zeros_like(side).transpose(1, 2) for side in (query, key, value)]
-    sinks_grad = lse.new_zeros(0) if sinks is None else torch.zeros_like(sinks)
-    for kernel, asked, segment, sides in _pieces(query, key, value, real, joined, windows, number, scale):
+    sinks_grad = None if sinks is None else torch.zeros_like(sinks)
+    for segment, sides, runs, told in _pieces(query, key, value, *facts):
         at = _place(output, segment.rows, segment.queries)
-        grad, out, total = (side[at].transpose(1, 2).contiguous() for side in (grad_output, output, lse))
-        *grads, own = kernel.backward(grad, torch.zeros_like(total), *sides, sinks, out, total, asked)
-        for whole_, part, columns in zip(
-            made, grads, (segment.queries, segment.keys, segment.keys), strict=True
-        ):
+        grad, grad_total, out, total = (
+            None if side is None else side.transpose(1, 2)[at].transpose(1, 2).contiguous()
+            for side in (grad_output, grad_lse, output, lse)
+        )
+        *grads, own = runs.backward(grad, grad_total, *sides, sinks, out, total, *told)
+        places = (segment.queries, segment.keys, segment.keys)
+        for whole_, part, columns in zip(made, grads, places, strict=True):
             whole_[_place(whole_, segment.rows, columns)] = part.transpose(1, 2)
-        if own is not None:
+        if sinks_grad is not None:
             sinks_grad += own
-    return *(side.transpose(1, 2).contiguous() for side in made), sinks_grad
+    return *(side.transpose(1, 2) for side in made), sinks_grad
 
 
-@_attend_backward.register_fake
-def _(
-    grad_output: Tensor, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    made = [side.new_empty(side.shape) for side in (query, key, value)]
-    sinks = rest[2]
-    return made[0], made[1], made[2], lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.windows, ctx.number, ctx.scale = inputs
-    ctx.save_for_backward(*output, *tensors)
-
-
-def _differentiate(ctx: Any, grad_output: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
-    made = _attend_backward(grad_output, *ctx.saved_tensors, ctx.windows, ctx.number, ctx.scale)
-    sinks = made[3] if ctx.saved_tensors[7] is not None else None
-    return (*made[:3], None, None, sinks, None, None, None)
-
-
-_attend.register_autograd(_differentiate, setup_context=_keep)
+_attend = operation(
+    "attend_batch",
+    _forward,
+    _backward,
+    facts="Tensor? real, Tensor? joined, SymInt[] windows, float? limit, SymInt number, float scale",
+    lay=heads_inside,
+)

@@ -14,7 +14,7 @@ from torch import Tensor
 from longspan.kernel.choice import chosen, run, work
 from longspan.kernel.flash import flash
 from longspan.kernel.operation.opaque import numbered, pattern_of
-from longspan.kernel.operation.operation import operation
+from longspan.kernel.operation.operation import heads_inside, operation
 from longspan.pattern import Pattern
 from longspan.score import Scores
 
@@ -38,14 +38,15 @@ def attend(
     return _attend(query, key, value, changes.sinks, *facts)
 
 
-def _forward(
+def forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *facts: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, below autograd; for the facts see the schema at the end."""
     name, pattern, asked = _asked(query, key, value, sinks, *facts)
     return run(name, query, key, value, pattern, **asked)
 
 
-def _backward(
+def backward(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -56,6 +57,7 @@ def _backward(
     lse: Tensor,
     *facts: Any,
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients for query, key, value and sinks, of those of what `forward` gave, None for zero."""
     name, pattern, asked = _asked(query, key, value, sinks, *facts)
     if name != "flash":
         return _again(name, (query, key, value, sinks), (grad_output, grad_lse), pattern, asked)
@@ -106,15 +108,10 @@ def _asked(
     return name, pattern, {"queries": queries, "changes": changes, "scale": scale}
 
 
-def _laid(side: Tensor) -> Tensor:
-    """Return a tensor `[batch, heads, length, width]` with the heads inside the length, as a model wants it next."""
-    return side.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 _attend = operation(
     "attend_cuda",
-    _forward,
-    _backward,
+    forward,
+    backward,
     facts="float[]? slopes, float? limit, SymInt number, SymInt start, SymInt step, float scale, str kernel",
-    lay=_laid,
+    lay=heads_inside,
 )

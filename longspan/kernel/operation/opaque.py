@@ -77,14 +77,15 @@ def pattern_of(number: int) -> Pattern:
     return _patterns[number]
 
 
-def _forward(
+def forward(
     query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *facts: Any
 ) -> tuple[Tensor, Tensor]:
+    """Return output and log-sum-exp, below autograd; for the facts see the schema at the end."""
     kernel, asked = _asked(query, key, *facts)
     return kernel.forward(query, key, value, sinks, asked)
 
 
-def _backward(
+def backward(
     grad_output: Tensor | None,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -95,6 +96,7 @@ def _backward(
     lse: Tensor,
     *facts: Any,
 ) -> tuple[Tensor | None, ...]:
+    """Return the gradients for query, key, value and sinks, of those of what `forward` gave, None for zero."""
     kernel, asked = _asked(query, key, *facts)
     grad_output = torch.zeros_like(output) if grad_output is None else grad_output
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
@@ -119,8 +121,8 @@ def _asked(
 
 _attend = operation(
     "attend",
-    _forward,
-    _backward,
+    forward,
+    backward,
     facts="float[]? slopes, SymInt number, SymInt start, SymInt step, float scale, str kernel",
     lay=Tensor.contiguous,
 )

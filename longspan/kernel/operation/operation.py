@@ -16,6 +16,11 @@ from torch.library import CustomOpDef
 _SIDES = "Tensor query, Tensor key, Tensor value, Tensor? sinks"
 
 
+def heads_inside(side: Tensor) -> Tensor:
+    """Return a tensor `[batch, heads, length, width]` that lies with the heads inside the length, as models want it."""
+    return side.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 def operation(
     name: str,
     forward: Callable[..., tuple[Tensor, Tensor]],
