@@ -159,7 +159,7 @@ def test_windows_of_a_step_are_of_one_kind_and_one_that_hides_a_passkey_teaches_
     assert {kind: 8 < kinds.count(kind) < 34 for kind in ("segments", "passkey", "text")} == dict.fromkeys(
         ("segments", "passkey", "text"), True
     )
-    depths = []
+    depths, different = [], []
     for number in range(len(mixed)):
         ids, labels = mixed[number]["input_ids"], mixed[number]["labels"]
         taught = labels != -100
@@ -167,10 +167,12 @@ def test_windows_of_a_step_are_of_one_kind_and_one_that_hides_a_passkey_teaches_
             answer = decode(ids[taught])
             assert re.fullmatch(r" \d{5}", answer) and decode(ids).endswith(f"The pass key is{answer}")
             assert decode(ids).count(answer.strip()) == 3
+            different.append(len(set(answer.strip())))
             depths.append(decode(ids).index(answer.strip()) / len(ids))
         else:
             assert taught.all() and "pass key" not in decode(ids)
         assert torch.equal(labels[taught], ids[taught])
+    assert min(different) <= 2 and max(different) == 5
     # What kind a step is of says nothing of the depth at which its windows hide a key.
     assert min(depths[::4]) < 0.3 and max(depths[::4]) > 0.6
 

@@ -18,6 +18,8 @@ from longspan.text.repeats import repeated_segments
 
 # Depths that are tried; 41 are a hundred tokens apart in a window of 4,096.
 _DEPTHS = 41
+# How many different digits a key of few is drawn from.
+_FEW = (2, 6)
 _IGNORED = -100
 
 
@@ -90,7 +92,11 @@ class TrainingWindows(torch.utils.data.Dataset):
             return repeated_segments(self.corpus, length=length, rng=rng), one, 0
         if kind == "passkey":
             depth = float(rng.choice(self.depths(length + len(self.opening))))
-            prompt = passkey_prompt(self.tokenizer, self.corpus, length=length, depth=depth, rng=rng)
+            # Half of the keys are of few digits: where one comes twice, the digit before does not tell which is next.
+            symbols = 10 if rng.random() < 0.5 else int(rng.integers(*_FEW))
+            prompt = passkey_prompt(
+                self.tokenizer, self.corpus, length=length, depth=depth, rng=rng, symbols=symbols
+            )
             return prompt.ids, one, prompt.answer
         start = int(rng.integers(0, len(self.corpus) - length + 1))
         starts = self.corpus.starts - start
