@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longspan import attend, attend_with_lse
 from longspan.errors import ShapeError
-from longspan.pattern import Causal, LongMixed, LongNet, Pattern, SlidingWindow
+from longspan.pattern import BigBird, Causal, Keys, LongMixed, LongNet, Pattern, SlidingWindow, Window
 from longspan.score import ALiBi, Sinks
 
 # Those that have gradients on cpu.
@@ -168,3 +168,15 @@ def test_what_is_no_real_number_is_refused(dtype: torch.dtype):
   queries  the last ones
   try      tensor.to(query.dtype)"""
     )
+
+
+@pytest.mark.parametrize("pattern", [BigBird(16), Causal() & (Window(16) | Keys([3, 77]))], ids=str)
+def test_keys_that_are_gathered_take_gradients_in_bfloat16(pattern: Pattern):
+    """They are added up in another dtype than they come in."""
+    grads = []
+    for dtype, kernel in ((torch.bfloat16, "sdpa"), (torch.float64, "reference")):
+        leaves = [side.bfloat16().to(dtype).detach().requires_grad_() for side in sides(200, 200)]
+        attend(*leaves, pattern, kernel=kernel).sin().sum().backward()
+        grads.append([leaf.grad.double() for leaf in leaves])
+    for one, other in zip(*grads, strict=True):
+        assert (one - other).norm() <= 0.03 * other.norm()

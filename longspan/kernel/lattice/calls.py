@@ -76,7 +76,7 @@ class Call:
         """Add a gradient of the view `look_up` gave to the whole, where rectangles may overlap."""
         lattice = self.slice.key
         if lattice.at is not None:
-            self._rows(whole).index_add_(1, self._gathered(), part.flatten(1, 2))
+            self._rows(whole).index_add_(1, self._gathered(), part.flatten(1, 2).to(whole.dtype))
             return
         if lattice.inner == 0:
             part, inner = part.sum(dim=1, keepdim=True), self.inner[:1]
