@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -85,34 +86,34 @@ class Forecast:
             ranks *= 2
         return ranks
 
-    @cached_property
-    def pairs(self) -> int:
-        """Pairs of query and key that all heads of all layers read in one window."""
-        layers = self._text.num_hidden_layers
-        texts = self.recipe.patterns(self.recipe.window)
+    def pairs(self, window: int) -> int:
+        """Return the pairs of query and key that all heads of all layers read in a window of so many tokens."""
+        layers, heads = self._text.num_hidden_layers, self._text.num_attention_heads
         counts = [
-            cost(
-                parse(f"({text}) & Causal()"), length=self.recipe.window, heads=self._text.num_attention_heads
-            ).pairs
-            for text in texts
+            cost(parse(f"({text}) & Causal()"), length=window, heads=heads).pairs
+            for text in self.recipe.patterns(window)
         ]
         return counts[0] * layers if len(counts) == 1 else sum(counts)
 
-    @property
+    @cached_property
     def flops(self) -> float:
-        """Floating-point operations of one step on all devices."""
-        recipe, tokens = self.recipe, self.recipe.tokens(1) * self.machine.devices
-        windows = tokens / recipe.windows[0]
+        """Floating-point operations of the whole training on all devices."""
+        recipe, devices = self.recipe, self.machine.devices
+        # Devices that share a window read one text together.
+        texts = max(1, devices // (recipe.sequence_ranks or devices))
         # Forward, gradients of the input, gradients of the weights where these are trained.
         passes = 3 if recipe.method == "full" else 2
         again = 1 if recipe.activations == "recomputed" else 0
-        products = 2 * self.memory.parameters * tokens * (passes + again)
-        return products + windows * 4 * self._width * self.pairs * (3.5 + again)
+        products = 2 * self.memory.parameters * recipe.tokens(recipe.steps) * (passes + again)
+        steps = Counter(recipe.stage(step) for step in range(recipe.steps))
+        pairs = sum(count * self.pairs(recipe.windows[stage]) for stage, count in steps.items())
+        attention = recipe.batch * recipe.accumulate * 4 * self._width * pairs * (3.5 + again)
+        return texts * (products + attention)
 
     @property
     def seconds(self) -> float:
         """Seconds of the whole training."""
-        return self.flops * self.recipe.steps / (self.machine.devices * self.machine.speed)
+        return self.flops / (self.machine.devices * self.machine.speed)
 
     @property
     def traffic(self) -> tuple[int, int]:

@@ -24,7 +24,7 @@ _PROBE = "longspan_probe"
 _COPIES_OF_LOGITS = 3
 # The share of activations' bytes that is left in lower precision: norms and rotary positions stay in float32. Measured
 # on the default model.
-_LOWER = 0.7
+_LOWER = 0.65
 # Frequencies that transformers chooses anew by the length of each text.
 _BY_LENGTH = ("longrope", "dynamic")
 # Weights of 4 bits, with the scales of their blocks.
@@ -111,8 +111,11 @@ def training_memory(
     tokens = recipe.batch * recipe.window
     kept = _kept(adapted, recipe)
     share = 1 if dtype == torch.float32 else _LOWER
-    # Under autocast each weight is there once more, in the lower precision.
-    lower = 0 if dtype == torch.float32 else parameters * dtype.itemsize
+    # Under autocast the way back holds each weight once more, in the lower precision: where layers are computed anew, or what
+    # they keep is moved away, those of one layer.
+    layers = model.config.get_text_config().num_hidden_layers
+    at_once = parameters if recipe.activations == "kept" else parameters // layers
+    lower = 0 if dtype == torch.float32 else at_once * dtype.itemsize
     vocabulary = model.get_output_embeddings().weight.shape[0]
     logits = tokens * vocabulary
     if recipe.loss == "chunked":
@@ -124,11 +127,11 @@ def training_memory(
         moments=8 * trained,
         gradients=4 * trained,
         activations=int(kept * share),
-        workspace=int(_COPIES_OF_LOGITS * 4 * logits + _attention(config, recipe)),
+        workspace=int(_COPIES_OF_LOGITS * 4 * logits + _attention(config, recipe, dtype)),
     )
 
 
-def _attention(config: PretrainedConfig, recipe: Recipe) -> int:
+def _attention(config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype) -> int:
     """Return the bytes that the layer with the hungriest pattern takes to attend.
 
     Those of the way there are counted: on the way back, more is free by then than attention takes.
@@ -137,7 +140,9 @@ def _attention(config: PretrainedConfig, recipe: Recipe) -> int:
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     return max(
-        plan(parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width).workspace[0]
+        plan(
+            parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width, dtype=dtype
+        ).workspace[0]
         for pattern in recipe.patterns(recipe.window)
     )
 
@@ -166,10 +171,12 @@ def _kept(adapted: nn.Module, recipe: Recipe) -> int:
     width = last.numel() * last.element_size()
     whole = sum(sizes.values())
     layers = model.config.get_text_config().num_hidden_layers
+    # On the way back, gradients of two of the widest are there beside.
+    passing = 2 * max(sizes.values())
     if recipe.activations == "recomputed":
-        return layers * width + whole // layers
+        return layers * width + whole // layers + passing
     # What is offloaded is here only while its layer runs.
-    return whole // layers if recipe.activations == "offloaded" else whole
+    return (whole // layers if recipe.activations == "offloaded" else whole) + passing
 
 
 class _Attention(torch.autograd.Function):
