@@ -260,6 +260,7 @@ def run(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from longspan.cli.progress import Progress
     from longspan.extend import extension
+    from longspan.extend.settings import load
     from longspan.hf.device import device as device_named
 
     place, patience = device_named(device), timedelta(seconds=timeout)
@@ -276,6 +277,7 @@ def run(
 
         try:
             if resume:
+                recipe = load(output)
                 extension.resume(output, device=place, timeout=patience, progress=task if first else None)
             else:
                 recipe = Recipe(**given)
@@ -293,9 +295,8 @@ def run(
             note(f"go on with: longspan extend --resume --output {output}")
             raise typer.Exit(130) from None
     if first:
-        typer.echo(
-            f"the extended model is in {output}; compare: longspan eval {given.get('model', 'default')} {output}"
-        )
+        source = recipe.model or "default"
+        typer.echo(f"the extended model is in {output}; compare: longspan eval {source} {output}")
 
 
 def described(recipe: Recipe) -> str:
