@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from longspan.extend.forecast import Forecast, Machine, advice
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import METHODS, Recipe
 from longspan.extend.training import bfloat16_is_fast
+from longspan.hf.config import extended
 from longspan.kernel.native import native
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -87,6 +89,36 @@ def test_advice_goes_by_factor_and_length():
         "method",
     }
     assert "instead" in dict(advice(MIDDLING, Recipe(length=1 << 20), machine()))
+
+
+def test_advice_can_be_followed():
+    def told(config, length: int, **there) -> dict[str, str]:
+        return dict(advice(config, Recipe(length=length, window=length), machine(**there)))
+
+    # More devices than there are cannot share a window, and no window makes weights smaller.
+    assert "--window" in told(MIDDLING, 1 << 17, memory=24e9)["method"]
+    assert "shared by" not in told(MIDDLING, 1 << 17, memory=24e9)["method"]
+    assert told(MIDDLING, 1 << 17, memory=1e9)["method"].startswith("none: weights, gradients and optimizer")
+    shared = told(MIDDLING, 1 << 17, memory=24e9, devices=64)["method"]
+    ranks = int(re.search(r"--sequence-ranks (\d+)", shared)[1])
+    assert Forecast(
+        MIDDLING,
+        Recipe(
+            length=1 << 17,
+            window=1 << 17,
+            method=shared.split(",")[0],
+            activations="recomputed",
+            sequence_ranks=ranks,
+        ),
+        machine(memory=24e9, devices=64),
+    ).fits
+    # A model that was stretched goes on by what it was stretched by, counted from where that began.
+    for method in ("yarn", "llama3"):
+        before = extended(MIDDLING, method=method, length=16384)
+        row = told(before, 32768)["positions"]
+        assert row.startswith(f"{method}, which it was stretched by before: 4 times the 8,192 tokens")
+        extended(before, method=method, length=32768)
+    assert "--rope" in told(extended(MIDDLING, method="linear", length=16384), 65536)["positions"]
 
 
 def test_recomputing_takes_less_and_more_ranks_share_a_window():

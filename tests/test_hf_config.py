@@ -287,7 +287,7 @@ REFUSALS = {
   asked  ntk
   model  yarn with factor 4.0
   why    two kinds of scaling do not add up to one that a config can say
-  try    start from the checkpoint before it was scaled, and go to the full length at once""",
+  try    yarn, which goes on from there""",
     ),
     "yarn on llama3": (
         scaled("llama3", original_max_position_embeddings=512, low_freq_factor=1.0, high_freq_factor=4.0),
@@ -297,7 +297,7 @@ REFUSALS = {
   asked  yarn
   model  llama3 with factor 4.0
   why    two kinds of scaling do not add up to one that a config can say
-  try    start from the checkpoint before it was scaled, and go to the full length at once""",
+  try    llama3, which goes on from there""",
     ),
     "yarn with a temperature": (
         scaled("yarn", original_max_position_embeddings=512, attention_factor=1.1),

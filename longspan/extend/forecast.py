@@ -13,6 +13,8 @@ from longspan.derive.cost import cost
 from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
 from longspan.extend.recipe import METHODS, NEAR, Recipe
+from longspan.hf.config import extended
+from longspan.hf.rope import parameters_of
 from longspan.pattern import parse
 from longspan.size import size
 
@@ -72,13 +74,17 @@ class Forecast:
         return self.ranks is not None and self.ranks <= shared
 
     @property
+    def lasting(self) -> int:
+        """Bytes that are there all the time on each device, whatever the window."""
+        return self.memory.weights + self.memory.moments + self.memory.gradients
+
+    @property
     def ranks(self) -> int | None:
         """Devices that a window must be shared by, a power of two; None where no number is enough.
 
         Weights and optimizer stay whole on each, activations and workspace are divided.
         """
-        fixed = self.memory.weights + self.memory.moments + self.memory.gradients
-        room = self.machine.memory - fixed
+        room = self.machine.memory - self.lasting
         if room <= 0:
             return None
         ranks = 1
@@ -160,11 +166,12 @@ class Forecast:
             message(
                 "This recipe does not fit into memory.",
                 {"needs": self.lines()[1].partition(";")[0], "there is": size(self.machine.memory)},
-                fix=self._smaller(),
+                fix=self.smaller(),
             )
         )
 
-    def _smaller(self) -> str:
+    def smaller(self) -> str:
+        """Return options that fit, or what else would."""
         for change in _SMALLER:
             other = replace(self, recipe=replace(self.recipe, **change))
             if other.fits:
@@ -217,8 +224,7 @@ def by_method(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> lis
 
 def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[tuple[str, str]]:
     """Return what to choose, each with its reason: positions, pattern, method, ranks, and other architectures."""
-    factor = recipe.length / config.max_position_embeddings
-    rows = [("positions", _positions(factor))]
+    rows = [("positions", _positions(config, recipe.length))]
     if recipe.window <= _DENSE:
         rows.append(
             ("pattern", f'"Causal()": in windows of up to {_DENSE:,} tokens dense attention is cheap')
@@ -231,10 +237,8 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
             )
         )
     choices = by_method(config, recipe, machine)
-    wanted = ("lora+", "lora", "qlora")
-    alone = next(
-        (each for name in wanted for each in choices if each.recipe.method == name and each.fits), None
-    )
+    choices = [each for name in ("lora+", "lora", "qlora") for each in choices if each.recipe.method == name]
+    alone = next((each for each in choices if each.fits), None)
     if alone is not None:
         rows.append(
             (
@@ -244,17 +248,7 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
             )
         )
     else:
-        shared = [each for each in choices if each.recipe.method in wanted and each.ranks is not None]
-        best = min(shared, key=lambda each: (each.ranks, wanted.index(each.recipe.method)), default=None)
-        rows.append(
-            ("method", "a window that skips (--window), as no device holds a whole one")
-            if best is None
-            else (
-                "method",
-                f"{best.recipe.method}, activations {best.recipe.activations}, each window shared by "
-                f"{best.ranks} devices; or a window that skips (--window)",
-            )
-        )
+        rows.append(("method", _sharing(choices, machine)))
     if recipe.length >= _MILLION:
         rows.append(
             (
@@ -266,11 +260,50 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
     return rows
 
 
-def _positions(factor: float) -> str:
-    if factor <= 1:
+def _sharing(choices: list[Forecast], machine: Machine) -> str:
+    """Say how windows that no device holds whole can be read all the same."""
+    held = [each for each in choices if each.ranks is not None]
+    if not held:
+        least = min(choices, key=lambda each: each.lasting)
+        return (
+            f"none: weights, gradients and optimizer of {least.recipe.method} alone take {size(least.lasting)}, "
+            f"and a device has {size(machine.memory)}"
+        )
+    best = min(held, key=lambda each: each.ranks)
+    if best.ranks > machine.devices:
+        return f"{best.smaller()}: devices that hold a whole window together would be {best.ranks}"
+    return (
+        f"{best.recipe.method}, activations {best.recipe.activations}, each window shared by {best.ranks} devices "
+        f"(--sequence-ranks {best.ranks} --window {best.recipe.window}); or a window that skips (--window)"
+    )
+
+
+def _positions(config: PretrainedConfig, length: int) -> str:
+    """Say how positions are best stretched, among the methods that this model takes."""
+    reads = config.max_position_embeddings
+    if length <= reads:
         return "as they are: the model reads that far already"
-    if factor <= 2:
+    try:
+        now = parameters_of(config)
+    except InputError as error:
+        return f"none: {str(error).splitlines()[0]}"
+    before = now.get("rope_type", "default")
+    trained = now.get("original_max_position_embeddings") or reads
+    if before in ("yarn", "llama3") and _takes(config, before, length):
+        return f"{before}, which it was stretched by before: {length / trained:g} times the {trained:,} tokens it was trained on"
+    factor = length / reads
+    if factor <= 2 and _takes(config, "ntk", length):
         return f"ntk: {factor:g} times further needs little or no training"
+    if not _takes(config, "yarn", length):
+        return f'frequencies that are told, such as --rope "Linear({length / trained:g})", or searched, --rope longrope: no other method is for this model'
     if factor <= 32:
         return f"yarn: {factor:g} times further, within what it was published for"
     return f"yarn in several runs, or searched factors (LongRoPE): {factor:g} times further is more than 32"
+
+
+def _takes(config: PretrainedConfig, method: str, length: int) -> bool:
+    try:
+        extended(config, method=method, length=length)
+    except InputError:
+        return False
+    return True
