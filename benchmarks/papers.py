@@ -169,9 +169,9 @@ def _carried_out(cell: Cell, report: dict[str, Any], options: argparse.Namespace
     losses: list[float] = []
     clock: list[float] = []
 
-    def progress(*told: Any, loss: float | None = None) -> None:
-        if loss is not None:
-            losses.append(loss)
+    def progress(*told: Any, **loss: float) -> None:
+        if loss:
+            losses.extend(loss.values())
             clock.append(time.perf_counter())
 
     with tempfile.TemporaryDirectory() as place:
