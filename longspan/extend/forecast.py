@@ -13,7 +13,7 @@ from longspan.derive.cost import cost
 from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
 from longspan.extend.recipe import METHODS, NEAR, Recipe
-from longspan.hf.config import extended
+from longspan.hf.config import GO_ON, extended
 from longspan.hf.rope import parameters_of
 from longspan.pattern import parse
 from longspan.size import size
@@ -289,7 +289,7 @@ def _positions(config: PretrainedConfig, length: int) -> str:
         return f"none: {str(error).splitlines()[0]}"
     before = now.get("rope_type", "default")
     trained = now.get("original_max_position_embeddings") or reads
-    if before in ("yarn", "llama3") and _takes(config, before, length):
+    if before in GO_ON and _takes(config, before, length):
         return f"{before}, which it was stretched by before: {length / trained:g} times the {trained:,} tokens it was trained on"
     factor = length / reads
     if factor <= 2 and _takes(config, "ntk", length):

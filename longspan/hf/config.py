@@ -35,7 +35,7 @@ _METHODS: dict[str, Callable[[float, int, dict[str, float]], Frequency]] = {
 }
 METHODS = tuple(_METHODS)
 # Those by which a model that they stretched can be stretched further.
-_GO_ON = ("yarn", "llama3")
+GO_ON = ("yarn", "llama3")
 
 
 def rope_parameters(
@@ -258,7 +258,7 @@ def _length(config: PretrainedConfig, now: dict[str, Any]) -> int:
 
 def _check_goes_on(now: dict[str, Any], method: str) -> None:
     """Check that a method can stretch further what is stretched already."""
-    if now["rope_type"] not in _GO_ON:
+    if now["rope_type"] not in GO_ON:
         raise _already_scaled(now, method, "how far it was stretched, and from which length, is not certain")
     if method != now["rope_type"]:
         raise _already_scaled(now, method, "two kinds of scaling do not add up to one that a config can say")
@@ -294,7 +294,7 @@ def _already_scaled(now: dict[str, Any], method: str, reason: str) -> InputError
     kind, factor = now["rope_type"], now.get("factor")
     found = kind if factor is None else f"{kind} with factor {factor}"
     fix = "start from the checkpoint before it was scaled, and go to the full length at once"
-    if kind in _GO_ON and method != kind:
+    if kind in GO_ON and method != kind:
         fix = f"{kind}, which goes on from there"
     return InputError(
         message(
