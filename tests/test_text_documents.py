@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from types import SimpleNamespace
@@ -185,7 +186,7 @@ def test_a_dataset_gives_a_document_per_row_with_text(monkeypatch):
 
 
 def test_a_dataset_is_read_only_as_far_as_needed(monkeypatch):
-    monkeypatch.setattr("longspan.text.documents.DATASET_CHARACTERS", 10)
+    monkeypatch.setattr("longspan.text.rows.CHARACTERS", 10)
     monkeypatch.setitem(sys.modules, "datasets", hub([{"story": "four"}] * 100))
     assert len(documents("owner/name")) == 3
 
@@ -250,3 +251,62 @@ def test_an_unclear_column_is_refused(monkeypatch, row, column, asked, found, fi
         f"  found  columns of text: {found}\n"
         f"  try    {fix}"
     )
+
+
+ROWS = [{"text": f"story {number}", "by": "nobody"} for number in range(3)]
+
+
+def written(path, kind):
+    """Write the rows as a file of this kind."""
+    if kind == "parquet":
+        from datasets import Dataset
+
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        lines = [json.dumps(row) for row in ROWS]
+        path.write_text("\n".join(lines) if kind == "jsonl" else f"[{', '.join(lines)}]")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_file_of_rows_gives_a_document_per_row(tmp_path, kind):
+    pytest.importorskip("datasets")
+    file = written(tmp_path / f"stories.{kind}", kind)
+    assert documents(file) == [Document(f"stories.{kind}#{number}", f"story {number}") for number in range(3)]
+    assert {document.text for document in documents(file, column="by")} == {"nobody"}
+    with pytest.raises(InputError, match="It is not clear which column"):
+        documents(file, column="author")
+
+
+def test_rows_in_a_folder_are_read_beside_its_texts(tmp_path):
+    pytest.importorskip("datasets")
+    written(tmp_path / "b.jsonl", "jsonl")
+    (tmp_path / "a.txt").write_text("a novel")
+    (tmp_path / "settings.json").write_text("{}")
+    assert [document.name for document in documents(tmp_path)] == [
+        "a.txt",
+        "b.jsonl#0",
+        "b.jsonl#1",
+        "b.jsonl#2",
+    ]
+
+
+def test_a_file_that_only_looks_like_rows_is_refused(tmp_path):
+    pytest.importorskip("datasets")
+    file = tmp_path / "broken.jsonl"
+    file.write_text('{"text": "a story"}\n{"text": "an\n')
+    with pytest.raises(InputError) as refusal:
+        documents(file)
+    lines = str(refusal.value).splitlines()
+    assert lines[:2] == ["A file of rows cannot be read.", f"  asked    the text {str(file)!r}"]
+    assert (
+        lines[-1]
+        == "  try      a file of rows in json; or, to read it as it stands, a copy that ends in .txt"
+    )
+
+
+@pytest.mark.parametrize("named", ["novel.txt", ".", None])
+def test_a_column_of_what_has_none_is_refused(tmp_path, named):
+    (tmp_path / "novel.txt").write_text("a novel")
+    with pytest.raises(InputError, match="There are no rows here that could have columns"):
+        documents(named and tmp_path / named, column="text")

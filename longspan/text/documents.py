@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from longspan.errors import InputError, message
+from longspan.text import rows
 
 # Folders of the standard library that hold data tables or tests rather than sources and prose.
 _NOT_SOURCES = {"site-packages", "test", "tests", "idle_test", "encodings", "__pycache__"}
@@ -35,14 +33,11 @@ _SOURCES = {
     ".sh",
 }
 _ENDINGS = _PROSE | _SOURCES
+# Files of rows that a folder is searched for: others may as well be settings, or figures.
+_ROWS = {".jsonl", ".parquet"}
 
 # From this many documents on, whole documents are held out by name; below, the end of each.
 MANY = 100
-
-# A dataset is read until it has given this many characters.
-DATASET_CHARACTERS = 64_000_000
-
-_DATASET = re.compile(r"(?P<id>[\w.-]+/[\w.-]+)(/(?P<config>[\w.-]+))?(:(?P<split>[\w.-]+))?")
 
 
 @dataclass(frozen=True)
@@ -56,35 +51,39 @@ class Document:
 def documents(source: str | Path | None = None, *, column: str | None = None) -> list[Document]:
     """Read the documents of a source of text.
 
-    A file is one document. A folder gives one document per text or source file below it, in the order of
-    their names; hidden files and files without text are left out. A dataset gives one document per row, read
-    from the network row by row until there are 64 million characters.
+    A file is one document, but that of rows (.jsonl, .json, .parquet) gives one per row. A folder gives the
+    documents of the text and source files below it, and of those of rows in .jsonl and .parquet, in the order of
+    their names; hidden files and files without text are left out. A dataset gives one document per row, read from
+    the network row by row. Of rows, no more are read than make 64 million characters.
 
     Args:
         source: None for the sources of this Python's standard library, a file, a folder, or the id of a
             dataset, `owner/name`, with `/config` and `:split` after it where they are needed.
-        column: the column of a dataset that holds the text; by default `text`, or the only column of strings.
+        column: the column of rows that holds the text; by default `text`, or the only column of strings.
 
     Returns:
         At least one document, each with text in it.
 
     Raises:
-        InputError: the source does not exist, is empty, is not UTF-8 text, or cannot be fetched.
+        InputError: the source does not exist, is empty, is not UTF-8 text, or cannot be fetched; or a column is
+            named of what has none.
 
     Example:
         >>> [document.name for document in documents()[:2]]
         ['__future__.py', '__hello__.py']
     """
     if source is None:
+        _check_column(source, column, [])
         return standard_library()
     path = Path(source).expanduser()
     if path.is_dir():
-        return _folder(path)
+        return _folder(path, column)
     if path.exists():
-        return [_file(path, path.name)]
-    asked = _DATASET.fullmatch(str(source))
+        _check_column(source, column, [path])
+        return _of_file(path, path.name, column)
     # A name with the ending of a text file, or below a folder that exists, was meant as a file.
-    if asked is None or path.suffix in _ENDINGS or Path(path.parts[0]).is_dir():
+    meant = path.suffix in _ENDINGS | rows.TABLES.keys() or Path(path.parts[0]).is_dir()
+    if rows.dataset_named(str(source)) is None or meant:
         raise InputError(
             message(
                 "There is no such file or folder.",
@@ -92,7 +91,7 @@ def documents(source: str | Path | None = None, *, column: str | None = None) ->
                 fix="the path of a text file, of a folder of text files, or a dataset id like owner/name:split",
             )
         )
-    return _dataset(str(source), asked.groupdict(), column)
+    return [Document(*row) for row in rows.dataset(str(source), column)]
 
 
 def standard_library() -> list[Document]:
@@ -157,15 +156,20 @@ def _cut(text: str) -> int:
     return cut if line < 0 else line + 1
 
 
-def _folder(root: Path) -> list[Document]:
+def _folder(root: Path, column: str | None) -> list[Document]:
     found = sorted(
         path
         for path in root.rglob("*")
         if path.is_file() and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )
-    texts = [path for path in found if path.suffix.lower() in _ENDINGS and path.stat().st_size > 0]
-    kept = [_file(path, path.relative_to(root).as_posix(), blank=True) for path in texts]
-    kept = [document for document in kept if document.text.strip()]
+    texts = [path for path in found if path.suffix.lower() in _ENDINGS | _ROWS and path.stat().st_size > 0]
+    _check_column(root, column, texts)
+    kept = [
+        document
+        for path in texts
+        for document in _of_file(path, path.relative_to(root).as_posix(), column, blank=True)
+        if document.text.strip()
+    ]
     if not kept:
         endings = sorted({path.suffix or path.name for path in found})
         raise InputError(
@@ -180,6 +184,25 @@ def _folder(root: Path) -> list[Document]:
             )
         )
     return kept
+
+
+def _check_column(source: str | Path | None, column: str | None, files: Sequence[Path]) -> None:
+    """Refuse a column of what has no rows."""
+    if column is not None and not any(path.suffix.lower() in rows.TABLES for path in files):
+        raise InputError(
+            message(
+                "There are no rows here that could have columns.",
+                {"asked": f"column {column!r} of {source or 'the standard library'}"},
+                fix="no column; or a dataset, or a file of rows that ends in .jsonl, .json or .parquet",
+            )
+        )
+
+
+def _of_file(path: Path, name: str, column: str | None, *, blank: bool = False) -> list[Document]:
+    """Return the documents of a file: one, or one of each row."""
+    if path.suffix.lower() not in rows.TABLES:
+        return [_file(path, name, blank=blank)]
+    return [Document(*row) for row in rows.table(path, name, column)]
 
 
 def _files(number: int) -> str:
@@ -223,73 +246,5 @@ def _binary(path: Path, reason: str) -> InputError:
             "A file holds binary data instead of text.",
             {"asked": f"the text {str(path)!r}", "because": reason},
             fix="save it as plain text in UTF-8",
-        )
-    )
-
-
-def _dataset(source: str, asked: Mapping[str, str | None], column: str | None) -> list[Document]:
-    part = asked["split"] or "train"
-    try:
-        # An optional package, wanted only here.
-        datasets = import_module("datasets")
-        rows = datasets.load_dataset(asked["id"], asked["config"], split=part, streaming=True)
-        return _rows(rows, f"{asked['id']}:{part}", source, column)
-    except InputError:
-        raise
-    except ImportError as error:
-        reason, fix = (
-            "the package that reads datasets is not installed",
-            "pip install datasets, or name a text file",
-        )
-        raise _unfetched(source, reason, fix) from error
-    # Whatever a remote dataset does wrong (no network, no such name, no such split, a bad file) is one kind of
-    # event here; the package raises a dozen types for it.
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fix = "check the name (owner/name, then /config and :split if needed) and the network, or name a text file"
-        raise _unfetched(source, reason, fix) from error
-
-
-def _unfetched(source: str, reason: str, fix: str) -> InputError:
-    facts = {"asked": f"the text {source!r}", "looked": "no file or folder of that name", "because": reason}
-    return InputError(message("A dataset cannot be fetched.", facts, fix=fix))
-
-
-def _rows(rows: Iterable[Mapping[str, Any]], name: str, source: str, column: str | None) -> list[Document]:
-    """Read a dataset row by row until there is enough text."""
-    kept: list[Document] = []
-    characters = 0
-    chosen = None
-    for number, row in enumerate(rows):
-        chosen = chosen or _column(source, row, column)
-        text = row[chosen] or ""
-        if text.strip():
-            kept.append(Document(f"{name}#{number}", text))
-            characters += len(text)
-            if characters >= DATASET_CHARACTERS:
-                break
-    if not kept:
-        facts = {"asked": f"the text {source!r}", "found": "no row with text in it"}
-        raise InputError(message("A dataset is empty.", facts, fix="another split, or another dataset"))
-    return kept
-
-
-def _column(source: str, row: Mapping[str, Any], column: str | None) -> str:
-    """Return the column of a dataset that holds the text, judged by its first row."""
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if column is None and "text" in strings:
-        return "text"
-    if column is None and len(strings) == 1:
-        return strings[0]
-    if column is not None and column in strings:
-        return column
-    raise InputError(
-        message(
-            "It is not clear which column of a dataset holds the text.",
-            {
-                "asked": f"the text {source!r}" + (f", column {column!r}" if column else ""),
-                "found": f"columns of text: {', '.join(strings) or 'none'}",
-            },
-            fix="name one of these columns" if strings else "a dataset with a column of text",
         )
     )
