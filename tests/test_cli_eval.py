@@ -70,6 +70,20 @@ def test_a_pattern_takes_the_place_of_dense_attention(run, model, text):
     assert "attention: SlidingWindow(8)" in narrow
 
 
+def test_the_dtype_asked_for_is_computed_in(run, model, text, tmp_path):
+    """Without it, float32 on the CPU."""
+    found = {}
+    for asked in ([], ["--dtype", "bfloat16"]):
+        code, _, err = run("eval", model, "--text", text, *QUICK, "--json", tmp_path / "f.json", *asked)
+        assert code == 0, err
+        [one] = json.loads((tmp_path / "f.json").read_text())["models"]
+        found[one["dtype"]] = one["loss"]["128"]
+    assert set(found) == {"float32", "bfloat16"}
+    assert found["float32"] != found["bfloat16"] == pytest.approx(found["float32"], rel=0.02)
+    code, _, err = run("eval", model, "--text", text, *QUICK, "--dtype", "half")
+    assert code == 2 and err.splitlines()[-1] == "  try    one of float32, bfloat16, float16"
+
+
 def test_the_tasks_asked_for_go_into_a_report(run, model, text, tmp_path):
     pages = [tmp_path / "report.html", tmp_path / "report.md"]
     asked = ["eval", model, "--text", text, "--lengths", "256", "--depths", "1", "--trials", "1"]

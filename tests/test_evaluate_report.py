@@ -76,6 +76,7 @@ def test_the_json_has_every_figure_under_the_keys_of_its_schema(tmp_path):
                 "source": "models/before",
                 "context": 512,
                 "parameters": 1000,
+                "dtype": "float32",
                 "tokens": 180000,
                 "seconds": 12.3,
                 "perplexity": {"512": 3.5, "1024": 7.0, "4096": 14.0},

@@ -32,6 +32,7 @@ def command(
     ] = 0,
     answer: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 64,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
     """Answer a question about a text that is longer than a model reads, for models that are not extended.
@@ -47,12 +48,14 @@ def command(
     from longspan.cli.progress import Progress
     from longspan.evaluate.digest import digest
     from longspan.hf.device import device as device_named
-    from longspan.hf.model import load_model
+    from longspan.hf.model import load_config, load_model
+    from longspan.hf.precision import reading_dtype
 
     place = device_named(device)
     check_output(json, (".json",))
     text = text_of(file)
-    loaded, tokenizer = load_model(model, device=place)
+    kind = reading_dtype(dtype, load_config(model), place)
+    loaded, tokenizer = load_model(model, dtype=kind, device=place)
     with Progress() as progress:
         found = digest(
             loaded,

@@ -68,6 +68,7 @@ def command(
         ),
     ] = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     timeout: options.Timeout = 600.0,
     json: options.Json = None,
     picture: Annotated[
@@ -104,6 +105,7 @@ def command(
     from longspan.hf.attention import set_pattern
     from longspan.hf.device import device as device_named
     from longspan.hf.model import load_config, load_model
+    from longspan.hf.precision import reading_dtype
     from longspan.hf.sequence import sequence_parallel
     from longspan.pattern.expression import parse
     from longspan.ring.watch import Watch
@@ -136,6 +138,7 @@ def command(
     sources = models or ["default"]
     named = labels(sources)
     configs = [load_config(source) for source in sources]
+    dtypes = [reading_dtype(dtype, config, place) for config in configs]
     drawn = (
         readings(
             (
@@ -178,8 +181,8 @@ def command(
                     fix="longspan eval --tasks speed without torchrun",
                 )
             )
-        for source, label in zip(sources, named, strict=True):
-            model, tokenizer = load_model(source, device=place)
+        for source, label, kind in zip(sources, named, dtypes, strict=True):
+            model, tokenizer = load_model(source, dtype=kind, device=place)
             if sparse is not None:
                 set_pattern(model, sparse)
             with sequence_parallel(model) if number > 1 else nullcontext():

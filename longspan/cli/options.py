@@ -16,12 +16,24 @@ Model = Annotated[str | None, typer.Argument(**_MODEL)]
 ModelOption = Annotated[str | None, typer.Option(**_MODEL)]
 Column = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Column of a dataset that holds the text.", show_default=False),
+    typer.Option(
+        metavar="NAME",
+        help="Column of a dataset, or of a file of rows, that holds the text.",
+        show_default=False,
+    ),
 ]
 Device = Annotated[
     str | None,
     typer.Option(
         metavar="NAME", help="cpu or cuda; without it, cuda where there is one.", show_default=False
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="float32|bfloat16|float16",
+        help="Numbers that the model computes in; without it, its checkpoint's own on cuda, float32 on the CPU.",
+        show_default=False,
     ),
 ]
 Json = Annotated[

@@ -51,6 +51,7 @@ def command(
     answer: Annotated[int, typer.Option(min=0, metavar="N", help="The most tokens of the answer.")] = 128,
     chunk: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens read at a time.")] = 512,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     json: options.Json = None,
 ) -> None:
     """Read a text of any length with a cache of constant size, and answer a question at its end.
@@ -71,6 +72,7 @@ def command(
     from longspan.hf.cache import PatternCache
     from longspan.hf.device import device as device_named
     from longspan.hf.model import check_tokens, load_config, load_model
+    from longspan.hf.precision import reading_dtype
     from longspan.hf.stream import StreamCache
     from longspan.pattern.expression import parse
 
@@ -86,7 +88,7 @@ def command(
     text = text_of(file)
     config = load_config(model)
     sparse = sparse or fitting(config)
-    loaded, tokenizer = load_model(model, device=place)
+    loaded, tokenizer = load_model(model, dtype=reading_dtype(dtype, config, place), device=place)
     ids, asked = encoded(tokenizer, text, question)
     check_tokens(loaded, ids)
     set_pattern(loaded, sparse)

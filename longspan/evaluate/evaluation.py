@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from longspan.errors import InputError, message
 from longspan.evaluate.forward import Progress, check_positions
 from longspan.evaluate.passkey import DEPTHS, TRIALS, Passkey, check_prompts, passkey
@@ -62,6 +64,7 @@ class Evaluation:
         seconds: taken in all.
         tasks: scores of each task that was measured.
         speed: speed and memory by length, None if they were not measured.
+        dtype: that the model computes in.
     """
 
     label: str
@@ -74,6 +77,7 @@ class Evaluation:
     seconds: float
     tasks: tuple[Scores, ...] = ()
     speed: Speed | None = None
+    dtype: str = "float32"
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -150,6 +154,7 @@ def evaluate(
         seconds=time.perf_counter() - begun,
         tasks=by_task,
         speed=by_clock,
+        dtype=str(getattr(model, "dtype", torch.float32)).removeprefix("torch."),
     )
 
 

@@ -58,8 +58,8 @@ class Report:
         - `command`, where it is known.
         - `protocol`: `{lengths, pattern}`; with perplexity `{stride, segments, predicted_tokens,
           crossing_documents}`; with passkeys or tasks `{depths, trials, seed}`; with tasks `effective_threshold`.
-        - `models`: a list of `{label, source, context, parameters, tokens, seconds}`, and of what was measured,
-          each with a key for each length, as a string: `perplexity`, `bits_per_byte` and `loss`; `passkey` with
+        - `models`: a list of `{label, source, context, parameters, dtype, tokens, seconds}`, and of what was
+          measured, each with a key for each length, as a string: `perplexity`, `bits_per_byte` and `loss`; `passkey` with
           the share over all depths, `share`, and a list with the share at each depth, `by_depth`; `tasks`, which
           has by the name of each task the same two (`by_depth` only where the task has depths); `tasks_mean`;
           `speed` with `{reading_seconds, writing_seconds, cache_bytes, peak_bytes}`, the second for each token. With tasks there is
@@ -104,6 +104,7 @@ def _model(evaluation: Evaluation) -> dict[str, Any]:
         "source": evaluation.source,
         "context": evaluation.context,
         "parameters": evaluation.parameters,
+        "dtype": evaluation.dtype,
         "tokens": evaluation.tokens,
         "seconds": round(evaluation.seconds, 1),
     }
