@@ -17,8 +17,8 @@ from longspan.extend.adapter import adapt
 from longspan.extend.forecast import Forecast, Machine, advice
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import METHODS, Recipe
-from longspan.extend.training import bfloat16_is_fast
 from longspan.hf.config import extended
+from longspan.hf.precision import bfloat16_is_fast
 from longspan.kernel.native import native
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -151,9 +151,10 @@ torch.set_num_threads(1)
 from longspan.extend.adapter import adapt
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import Recipe
-from longspan.extend.training import bfloat16_is_fast, train
+from longspan.extend.training import train
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.model import load_model
+from longspan.hf.precision import bfloat16_is_fast
 from longspan.text.corpus import Corpus
 
 def held(what):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +17,14 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from longspan.errors import InputError
 from longspan.extend import extension
 from longspan.extend.recipe import Recipe
 from longspan.hf.model import load_model
@@ -131,3 +134,16 @@ def test_what_was_extended_is_extended_further(text, tmp_path):
     assert torch.isfinite(logits).all()
     found = from_config(model.config)
     assert (found.original, found.factor) == (CONTEXT, 4.0)
+
+
+def test_experts_are_extended_with_their_own_loss(text, tmp_path):
+    """A config without a width of heads, experts whose grouped products know bfloat16 alone where memory is reckoned."""
+    source = saved(
+        MixtralConfig(**SHARED, num_local_experts=4, output_router_logits=True), tmp_path / "source"
+    )
+    asked = Recipe(model=source, text=text, length=LENGTH, steps=2, rank=2, rate=1e-2)
+    with pytest.raises(InputError, match="cannot be computed in chunks"):
+        extension.extend(asked, tmp_path / "out")
+    folder = extension.extend(replace(asked, loss="whole"), tmp_path / "out")
+    model, _, logits = plain(folder)
+    assert torch.isfinite(logits).all() and model.config.head_dim == 8

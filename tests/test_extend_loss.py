@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import llama
-from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from longspan.errors import InputError
 from longspan.extend import loss as losses
@@ -108,3 +115,22 @@ def test_a_loss_of_another_kind_is_refused():
     assert lines[0] == "The loss of this model cannot be computed in chunks."
     assert lines[1] == "  model      CohereForCausalLM" and lines[-1] == "  try        --loss whole"
     assert model(torch.arange(4)[None]).logits is not None
+
+
+def test_a_loss_that_is_no_number_is_said_to_be_none():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(InputError) as refused, losses.chunked(model):
+        pass
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "This model's loss is no number."
+    assert lines[2] == "  its loss  nan on 16 tokens, before any training"
+
+
+def test_weights_of_two_precisions_are_compared_as_they_are_trained():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).bfloat16()
+    model.get_input_embeddings().float()
+    with losses.chunked(model), torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(model(torch.arange(9)[None], labels=torch.arange(9)[None]).loss)

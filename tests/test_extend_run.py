@@ -14,14 +14,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, llama
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from longspan.errors import InputError
-from longspan.extend import adapter, extension, training
+from longspan.extend import adapter, extension
 from longspan.extend.adapter import adapt, merge
 from longspan.extend.recipe import Recipe
 from longspan.extend.training import train
 from longspan.extend.windows import TrainingWindows
+from longspan.hf import precision
+from longspan.hf.model import load_model
 from longspan.pattern import Causal, parse
 from longspan.text.corpus import Corpus
 
@@ -170,26 +179,98 @@ TRAINED = {
     "full": ("",),
     "lora": ("lora_",),
     "lora+": ("lora_", "embed_tokens", "norm"),
-    "qlora": ("lora_",),
 }
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("method", TRAINED)
 def test_what_is_trained(method):
-    if method == "qlora":
-        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     model = adapt(llama(), rank=2, method=method)
     whole = {name for name, weights in llama().named_parameters()}
     trained = {name for name, weights in model.named_parameters() if weights.requires_grad}
     assert all(any(part in name for name in trained) for part in TRAINED[method])
     assert all(any(part in name for part in TRAINED[method]) for name in trained)
     assert trained == whole if method == "full" else not any("mlp" in name for name in trained)
-    merged = merge(model, fresh=llama)
-    assert {name for name, weights in merged.named_parameters()} == whole
-    if method == "qlora":
-        ids = torch.arange(16)[None]
-        torch.testing.assert_close(merged(ids).logits, llama()(ids).logits)
+    assert {name for name, weights in merge(model).named_parameters()} == whole
+
+
+def wide(folder: Path, **options) -> str:
+    """Save a tiny model whose matrices are whole blocks of 64, as weights of 4 bits want them."""
+    torch.manual_seed(0)
+    keys = llama(positions=64).config.to_dict() | {"hidden_size": 64, "intermediate_size": 64}
+    LlamaForCausalLM(LlamaConfig(**keys | {"head_dim": 16} | options)).save_pretrained(folder)
+    byte_tokenizer(opening=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_qlora_trains_beside_weights_of_4_bits_and_leaves_none(text, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    source = wide(tmp_path / "wide")
+    model, _ = load_model(source, bits=4)
+    small = {name for name, weights in model.named_parameters() if weights.dtype == torch.uint8}
+    assert len(small) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in small)
+    folder = extension.extend(recipe(source, text, method="qlora", rate=1e-2), tmp_path / "out")
+    before, after = (load_file(Path(place) / "model.safetensors") for place in (source, folder))
+    # What was trained was added to the weights as they had been read at first, not to those of 4 bits.
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed and all("self_attn" in name for name in changed)
+    assert all(after[name].dtype == before[name].dtype for name in before)
+
+
+def test_rows_that_are_no_whole_blocks_are_refused_before_anything_is_written(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapter, "find_spec", lambda name: True)
+    source = wide(tmp_path / "odd", intermediate_size=80)
+    with pytest.raises(InputError) as refused:
+        extension.extend(recipe(source, text, method="qlora"), tmp_path / "out")
+    assert str(refused.value).splitlines() == [
+        "The weights of this model cannot be held in 4 bits on the CPU.",
+        "  asked  method qlora",
+        "  why    rows of model.layers.0.mlp.down_proj have 80 numbers, which are no whole blocks of 64",
+        "  try    --method lora, or a CUDA device",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_of_another_kind_is_refused_before_anything_is_written(text, tmp_path):
+    torch.manual_seed(0)
+    keys = llama(positions=64).config.to_dict()
+    model = GraniteForCausalLM(GraniteConfig(**keys | {"logits_scaling": 8.0}))
+    model.save_pretrained(tmp_path / "granite")
+    byte_tokenizer().save_pretrained(tmp_path / "granite")
+    with pytest.raises(InputError, match="cannot be computed in chunks"):
+        extension.extend(recipe(str(tmp_path / "granite"), text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("method", ["full", "lora+"])
+def test_a_checkpoint_is_written_in_the_precision_it_came_in(
+    source, text, tmp_path, monkeypatch, fast, method
+):
+    """Trained weights are float32 while they are trained, others in bfloat16 where that is multiplied."""
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda on_cpu: fast)
+    place = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(place)
+    AutoTokenizer.from_pretrained(source).save_pretrained(place)
+    held = {}
+
+    def seen(adapted, *rest, **options):
+        held["trained"] = {weight.dtype for weight in adapted.parameters() if weight.requires_grad}
+        held["rest"] = {weight.dtype for weight in adapted.parameters() if not weight.requires_grad}
+        return train(adapted, *rest, **options)
+
+    monkeypatch.setattr(extension, "train", seen)
+    asked = recipe(str(place), text, steps=2, method=method, rate=1e-2)
+    folder = extension.extend(asked, tmp_path / "out")
+    before, after = (load_file(Path(each) / "model.safetensors") for each in (place, folder))
+    assert {weights.dtype for weights in after.values()} == {torch.bfloat16}
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert held["trained"] == {torch.float32}
+    low = torch.bfloat16 if fast else torch.float32
+    assert held["rest"] == (set() if method == "full" else {low})
 
 
 def test_adapters_begin_by_the_seed():
@@ -218,7 +299,7 @@ def test_qlora_is_refused_without_its_package(monkeypatch):
 def test_activations_that_are_recomputed_or_moved_change_nothing(tmp_path, monkeypatch):
     """Nor do windows that accumulate: two at once, or one after the other."""
     # In lower precision sums in another order differ by more.
-    monkeypatch.setattr(training, "bfloat16_is_fast", lambda on_cpu: False)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda on_cpu: False)
     corpus = Corpus.from_ids([list(range(1, 200)) * 10], separator=256)
     ends = []
     for number, options in enumerate(

@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, llama
 
 from longspan.errors import InputError
-from longspan.extend import extension, training
+from longspan.extend import extension
 from longspan.extend.recipe import Recipe
+from longspan.hf import precision
 
 STEPS = 4
 
@@ -48,7 +49,7 @@ def process(rank: int, recipe: Recipe | None, output: Path, stop: int) -> list[f
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0")
     # Rounding to bfloat16 would hide what is compared here.
-    training.bfloat16_is_fast = lambda on_cpu: False
+    precision.bfloat16_is_fast = lambda on_cpu: False
     losses = []
 
     def progress(name: str, done: int) -> Any:
@@ -71,7 +72,7 @@ def process(rank: int, recipe: Recipe | None, output: Path, stop: int) -> list[f
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_any_number_of_processes_trains_the_same_model(recipe: Recipe, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(training, "bfloat16_is_fast", lambda on_cpu: False)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda on_cpu: False)
     alone: list[float] = []
     extension.extend(
         recipe,

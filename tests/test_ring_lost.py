@@ -21,8 +21,9 @@ from ranks import apart, together
 from test_ring_extend import recipe as recipe
 
 from longspan import cli
-from longspan.extend import extension, state, training
+from longspan.extend import extension, state
 from longspan.extend.recipe import Recipe
+from longspan.hf import precision
 from longspan.hf.sequence import Split
 from longspan.ring import RankError
 from longspan.ring.transport import reaching
@@ -37,7 +38,7 @@ def environment(rank: int) -> None:
     world = str(dist.get_world_size())
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world)
     # Rounding to bfloat16 would hide what is compared here.
-    training.bfloat16_is_fast = lambda on_cpu: False
+    precision.bfloat16_is_fast = lambda on_cpu: False
 
 
 def extended(rank: int, recipe: Recipe | None, output: Path, victim: int, end: signal.Signals) -> list[float]:
@@ -75,7 +76,7 @@ def test_a_lost_process_ends_the_training_and_its_last_state_is_whole(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(training, "bfloat16_is_fast", lambda on_cpu: False)
+    monkeypatch.setattr(precision, "bfloat16_is_fast", lambda on_cpu: False)
     recipe = replace(recipe, steps=13)
     alone: list[float] = []
     extension.extend(

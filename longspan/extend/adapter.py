@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -42,7 +43,8 @@ def adapt(
     """Mark the weights to train, with LoRA put on the projections of attention unless all of them are.
 
     Args:
-        model: the model; with LoRA its own weights are left as they are until `merge`.
+        model: the model; with LoRA its own weights are left as they are until `merge`. What is trained is float32
+            from now on.
         rank: of the LoRA matrices; their scale is 2.
         method: "full", "lora", "lora+" or "qlora", see `longspan.extend.recipe.Recipe`.
         seed: of the matrices' first values.
@@ -59,7 +61,7 @@ def adapt(
         2305.14314).
     """
     if method == "full":
-        return model.requires_grad_(True)
+        return _in_full(model.requires_grad_(True))
     ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     projections = [name for name in _PROJECTIONS if name in ends]
     if not projections:
@@ -79,14 +81,12 @@ def adapt(
         ensure_weight_tying=bool(whole and model.config.tie_word_embeddings),
         task_type="CAUSAL_LM",
     )
-    if method == "qlora":
-        _quantize(model)
     devices = [model.device] if model.device.type == "cuda" else []
     with warnings.catch_warnings(), torch.random.fork_rng(devices):
         # peft still asks for a property that transformers has renamed.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return _in_full(get_peft_model(model, config))
 
 
 def merge(
@@ -114,26 +114,12 @@ def causal_model(adapted: nn.Module) -> PreTrainedModel:
     return adapted.get_base_model() if isinstance(adapted, PeftModel) else adapted
 
 
-def _quantize(model: PreTrainedModel) -> None:
-    """Put weights of 4 bits in place of every matrix but the head's."""
-    from bitsandbytes.nn import Linear4bit, Params4bit
-
-    device, head = model.device, model.get_output_embeddings()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and module is not head:
-            small = Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=module.bias is not None,
-                compute_dtype=torch.bfloat16 if device.type == "cuda" else module.weight.dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            small.weight = Params4bit(module.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-            small.bias = module.bias
-            model.set_submodule(name, small.to(device))
-    # This is how peft tells that its matrices stand beside weights of 4 bits.
-    model.is_loaded_in_4bit = True
+def _in_full(model: nn.Module) -> Any:
+    """Hold what is trained in float32 or better: steps may be smaller than bfloat16 can add to a weight."""
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.to(torch.promote_types(weight.dtype, torch.float32))
+    return model
 
 
 def _whole(model: PreTrainedModel) -> list[str]:

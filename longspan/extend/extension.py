@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from longspan.errors import InputError, message
 from longspan.extend import state as states
@@ -18,12 +18,14 @@ from longspan.extend.activations import check_activations
 from longspan.extend.adapter import adapt, causal_model, check_method, merge
 from longspan.extend.folder import OutputFolder
 from longspan.extend.forecast import Forecast, Machine
+from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
 from longspan.extend.stretch import SEARCHED, found, settled, stretched
-from longspan.extend.training import KEPT, Progress, bfloat16_is_fast, train, trained_bytes
+from longspan.extend.training import KEPT, Progress, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.model import check_tokens, load_config, load_model
+from longspan.hf.precision import bfloat16_is_fast, saved_dtype, training_dtype
 from longspan.pattern.expression import parse
 from longspan.ring.watch import TIMEOUT
 from longspan.text.documents import documents, split
@@ -192,14 +194,19 @@ class _Prepared:
         # Patterns for attention have no dropout.
         config.attention_dropout = 0.0
         self.recipe, self.config = recipe, config
-        self.model, self.tokenizer = load_model(recipe.model, config=config, device=device)
+        self.device, self.saved = torch.device(device), saved_dtype(config)
+        self.model, self.tokenizer = self._loaded(bits=4 if recipe.method == "qlora" else 0)
+        if recipe.loss == "chunked":
+            # It finds out whether it is this model's loss.
+            with chunked(self.model):
+                pass
         corpus = encode(training, self.tokenizer)
         check_tokens(self.model, corpus.ids)
         corpus.require(recipe.window, name="the text to train on")
         self.windows = TrainingWindows(
             corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks() // self.together
         )
-        self.size = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
+        self.size = self.model.num_parameters() * self.saved.itemsize
         self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
         # Any of the patterns will do to find out that the model takes them.
         set_pattern(causal_model(self.adapted), patterns[0] if len(patterns[0]) > 1 else patterns[0][0])
@@ -228,8 +235,12 @@ class _Prepared:
             raise Interrupted(steps, recipe.steps)
         if rank() == 0:
             reset(self.adapted)
-            folder.finish(merge(self.adapted, fresh=self._fresh).eval(), self.tokenizer)
+            merged = merge(self.adapted, fresh=lambda: self._loaded()[0])
+            folder.finish(merged.to(self.saved).eval(), self.tokenizer)
         return folder.path
 
-    def _fresh(self) -> PreTrainedModel:
-        return load_model(self.recipe.model, config=self.config)[0]
+    def _loaded(self, bits: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Read the model, in the lowest precision that its training may be in."""
+        full = self.recipe.method == "full"
+        dtype = torch.float32 if full else training_dtype(self.config, self.device)
+        return load_model(self.recipe.model, config=self.config, dtype=dtype, device=self.device, bits=bits)

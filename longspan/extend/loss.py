@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -122,15 +123,29 @@ def _check(model: PreTrainedModel, own: Any, ours: Any) -> None:
     size = model.get_input_embeddings().weight.shape[0]
     ids = (torch.arange(_PROBE, device=model.device) * 7919 % size)[None]
     before = model.training
+    kinds = {weight.dtype for weight in model.parameters() if weight.is_floating_point()}
     model.eval()
     try:
-        with torch.no_grad():
+        # Weights of several dtypes multiply each other under autocast alone, as in training.
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=len(kinds) > 1):
             wanted, got = (
                 float(loss(input_ids=ids, labels=ids, use_cache=False).loss) for loss in (own, ours)
             )
     finally:
         model.train(before)
-    if not abs(got - wanted) <= _ROUNDING[model.dtype] * abs(wanted):
+    if not math.isfinite(wanted):
+        raise InputError(
+            message(
+                "This model's loss is no number.",
+                {
+                    "model": type(model).__name__,
+                    "its loss": f"{wanted} on {_PROBE} tokens, before any training",
+                    "why": "its weights hold numbers that are none, or its own code fails on this text",
+                },
+                fix="a checkpoint that `longspan eval` can measure",
+            )
+        )
+    if not abs(got - wanted) <= max(map(_ROUNDING.__getitem__, kinds)) * abs(wanted):
         raise InputError(
             message(
                 "The loss of this model cannot be computed in chunks.",

@@ -11,6 +11,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from longspan.extend.adapter import adapt, causal_model
 from longspan.extend.loss import LOGITS
@@ -96,6 +97,7 @@ def training_memory(
         } | {"rope_type": "default"}
     with init_empty_weights(include_buffers=False), quiet():
         model = AutoModelForCausalLM.from_config(config, attn_implementation=_PROBE, dtype=torch.float32)
+        model.config.get_text_config()._experts_implementation = _PROBE
     # Weights were put in one by one, which parts those that are shared.
     model.tie_weights()
     parameters = sum(weight.numel() for weight in model.parameters())
@@ -194,5 +196,16 @@ def _probe(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *rest: 
     return _Attention.apply(query, key, value).transpose(1, 2).contiguous(), None
 
 
+def _experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """Let the first expert do the work of all, which keeps as much: each token goes through as many as are chosen."""
+    up, down = (module.gate_up_proj if module.has_gate else module.up_proj)[0], module.down_proj[0]
+    if not module.is_transposed:
+        up, down = up.T, down.T
+    inner = states.repeat_interleave(chosen.shape[-1], dim=0) @ up
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    return ((inner @ down) * weights.reshape(-1, 1)).unflatten(0, chosen.shape).sum(1)
+
+
 AttentionInterface.register(_PROBE, _probe)
+ALL_EXPERTS_FUNCTIONS.register(_PROBE, _experts)
 AttentionMaskInterface.register(_PROBE, lambda **options: None)

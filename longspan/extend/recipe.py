@@ -60,7 +60,7 @@ class Recipe:
     Attributes:
         model: folder or Hugging Face id; None is the model that comes with Longspan.
         text: file, folder or dataset id to train on; None is the standard library of this Python.
-        column: column of a dataset that holds the text; None finds it.
+        column: column of a dataset or a file of rows that holds the text; None finds it.
         length: tokens the model shall read.
         rope: how positions are stretched: "linear", "ntk", "yarn" or "llama3", see `longspan.hf.config.extended`;
             "longrope", with factors searched on the text; a file of factors, see `longspan.extend.stretch.settled`; or

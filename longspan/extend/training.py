@@ -34,6 +34,7 @@ from longspan.extend.adapter import causal_model
 from longspan.extend.loss import chunked
 from longspan.extend.recipe import Recipe
 from longspan.extend.windows import TrainingWindows
+from longspan.hf import precision
 from longspan.hf.attention import set_pattern
 from longspan.hf.loader import share_batches
 from longspan.hf.quiet import quiet
@@ -135,7 +136,7 @@ def _arguments(recipe: Recipe, folder: Path, on_cpu: bool) -> TrainingArguments:
         warmup_steps=min(20, recipe.steps // 10),
         adam_beta2=0.95,
         max_grad_norm=1.0,
-        bf16=bfloat16_is_fast(on_cpu),
+        bf16=precision.bfloat16_is_fast(on_cpu),
         use_cpu=on_cpu,
         seed=recipe.seed,
         logging_steps=1,
@@ -307,13 +308,6 @@ class _Keeping(TrainerCallback):
                 fix=f"make room, then longspan extend --resume --output {self.folder.parent}",
             )
         )
-
-
-def bfloat16_is_fast(on_cpu: bool) -> bool:
-    """Say whether this machine multiplies in bfloat16 by instructions of its own."""
-    if on_cpu:
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
 @contextmanager

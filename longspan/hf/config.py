@@ -281,6 +281,9 @@ def _with(config: PretrainedConfig, parameters: dict[str, Any], length: int, met
     result = copy.deepcopy(config)
     result.rope_parameters = parameters
     result.max_position_embeddings = length
+    if getattr(result, "head_dim", 0) is None:
+        # YaRN of transformers reads it where it stands, even as None (Mixtral).
+        result.head_dim = head_width(config)
     if "original_max_position_embeddings" in parameters and hasattr(
         result, "original_max_position_embeddings"
     ):

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from longspan.errors import InputError, message
+from longspan.hf import quantized
 from longspan.hf.quiet import quiet
 from longspan.size import size
 
@@ -74,6 +75,7 @@ def load_model(
     config: PretrainedConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    bits: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal language model in eval mode and its tokenizer.
 
@@ -83,6 +85,8 @@ def load_model(
             `longspan.hf.config.extended`.
         dtype: of the weights. Frequencies of RoPE stay in float32 whatever it is.
         device: where the weights go.
+        bits: 4 to hold every matrix but the embeddings and the head in 4 bits (NF4 of bitsandbytes), each made so
+            as it is read; 0 leaves them.
 
     Returns:
         The model and the tokenizer.
@@ -98,8 +102,10 @@ def load_model(
         config = load_config(source)
     place = _place(source)
     _check_causal(place, config)
-    _check_room(place, config, dtype, torch.device(device))
+    device = torch.device(device)
+    _check_room(place, config, dtype, device, bits)
     reading = _reading(place)
+    made = quantized.as_read(dtype, device) if bits else {}
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(place, **reading)
@@ -107,7 +113,7 @@ def load_model(
             raise _unreadable(place, "tokenizer", error, reading) from error
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
-                place, config=config, dtype=dtype, output_loading_info=True, **reading
+                place, config=config, dtype=dtype, output_loading_info=True, **made, **reading
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise _unreadable(place, "weights", error, reading) from error
@@ -121,7 +127,8 @@ def load_model(
                 fix="the complete checkpoint of a causal language model",
             )
         )
-    return model.to(device).eval(), tokenizer
+    # Weights of 4 bits were put there as they were read, and are not moved again.
+    return (model if bits else model.to(device)).eval(), tokenizer
 
 
 def check_tokens(model: PreTrainedModel, ids: np.ndarray) -> None:
@@ -144,11 +151,17 @@ def check_tokens(model: PreTrainedModel, ids: np.ndarray) -> None:
         )
 
 
-def _check_room(place: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device) -> None:
+def _check_room(
+    place: str, config: PretrainedConfig, dtype: torch.dtype, device: torch.device, bits: int
+) -> None:
     """Refuse weights that do not fit into memory, before they are read; they come through the CPU's."""
     with torch.device("meta"), quiet():
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    needed = sum(weight.numel() * weight.element_size() for weight in empty.parameters())
+    if bits:
+        quantized.check(empty, device)
+        needed = quantized.needed(empty)
+    else:
+        needed = sum(weight.numel() * weight.element_size() for weight in empty.parameters())
     rooms = {"cpu": psutil.virtual_memory().available}
     if device.type == "cuda":
         rooms[str(device)] = torch.cuda.mem_get_info(device)[0]
