@@ -72,7 +72,7 @@ PARTS = {
     "windows": Part(
         "Windows by layer",
         "A model of a million parameters trained from random weights, the same number of keys read by all ways; bits "
-        "per byte of held-out text, read as trained. `dilated` is `increasing` with a dilation of 2 on a quarter of the heads of the upper layers.",
+        "per byte of held-out text, read as trained. `dilated` is `increasing` with a dilation of 2 on two of the eight heads of the upper layers.",
         ("bits",),
         ("bits", "step"),
         (
