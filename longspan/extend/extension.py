@@ -23,6 +23,7 @@ from longspan.extend.stretch import SEARCHED, found, settled, stretched
 from longspan.extend.training import KEPT, Progress, bfloat16_is_fast, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
+from longspan.hf.layers import windows
 from longspan.hf.model import check_tokens, load_config, load_model
 from longspan.pattern.expression import parse
 from longspan.ring.watch import TIMEOUT
@@ -197,7 +198,12 @@ class _Prepared:
         check_tokens(self.model, corpus.ids)
         corpus.require(recipe.window, name="the text to train on")
         self.windows = TrainingWindows(
-            corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks() // self.together
+            corpus,
+            self.tokenizer,
+            recipe,
+            heads=config.num_attention_heads,
+            ranks=ranks() // self.together,
+            own=windows(config),
         )
         self.size = sum(weight.numel() * weight.element_size() for weight in self.model.parameters())
         self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
