@@ -86,7 +86,7 @@ def extend(
         folder.check()
     prepared = _Prepared(recipe, device, progress)
     if note is not None:
-        for line in prepared.forecast.lines():
+        for line in prepared.forecast.lines(process=prepared.process()):
             note(line)
     if first:
         folder.require(prepared.written())
@@ -209,6 +209,14 @@ class _Prepared:
         self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
         # Any of the patterns will do to find out that the model takes them.
         set_pattern(causal_model(self.adapted), patterns[0] if len(patterns[0]) > 1 else patterns[0][0])
+
+    def process(self) -> int | None:
+        """Return the bytes that this process takes now beside the model; None where that lies on another device."""
+        weights = list(self.adapted.parameters())
+        if weights[0].device.type != "cpu":
+            return None
+        held = sum(weight.numel() * weight.element_size() for weight in weights)
+        return max(0, psutil.Process().memory_info().rss - held)
 
     def written(self, kept: int = KEPT) -> int:
         """Return the bytes that the run writes at most: states that are kept, one more, and the result."""

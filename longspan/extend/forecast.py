@@ -142,6 +142,12 @@ class Forecast:
         return self.flops / (self.machine.devices * self.machine.speed)
 
     @property
+    def sharing(self) -> int:
+        """Devices that share a window: those asked for, or all where each was to read windows of its own."""
+        ranks = self.recipe.sequence_ranks
+        return ranks if ranks > 1 else self.machine.devices
+
+    @property
     def traffic(self) -> tuple[int, int]:
         """Bytes that a device sends in a step: gradients of a shared model, and keys of shared windows.
 
@@ -150,7 +156,7 @@ class Forecast:
         """
         devices, recipe = self.machine.devices, self.recipe
         gradients = 2 * self.memory.gradients * (devices - 1) // devices
-        if devices == 1 or recipe.window < 2 * devices:
+        if recipe.window < 2 * self.sharing:
             return gradients, 0
         # Layers that are computed again are sent their keys again.
         forwards = 2 if recipe.activations == "recomputed" else 1
@@ -158,7 +164,7 @@ class Forecast:
         for layer, often in Counter(self.trained(recipe.window)).items():
             sharing = shared_out(
                 layer,
-                zigzag(recipe.window, devices),
+                zigzag(recipe.window, self.sharing),
                 heads=self._text.num_attention_heads,
                 key_heads=self._key_heads,
                 width=self._width,
@@ -182,14 +188,28 @@ class Forecast:
         length = self.recipe.length
         return 2 * self.memory.parameters * length + 4 * self._width * self._pairs(self.own, length)
 
-    def lines(self) -> list[str]:
-        """Say in a few lines what training takes."""
+    def lines(self, *, process: int | None = None) -> list[str]:
+        """Say in a few lines what training takes.
+
+        Args:
+            process: bytes that the process takes beside the model, where both lie in the same memory.
+        """
         memory, recipe = self.memory, self.recipe
-        return [
+        lines = [
             f"training {memory.trained:,} of {memory.parameters:,} parameters, activations {recipe.activations}",
             f"memory {size(memory.total)}: model {size(memory.weights)}, optimizer and gradients "
             f"{size(memory.moments + memory.gradients)}, activations {size(memory.activations)}, workspace "
             f"{size(memory.workspace)}; {size(self.machine.memory)} are there",
+        ]
+        if process is None:
+            return [
+                *lines,
+                "not counted: what libraries and kernels hold on the device, and freed memory in pieces",
+            ]
+        return [
+            *lines,
+            f"with {size(process)} of libraries and text in this process {size(process + memory.total)}; not counted: "
+            "what libraries keep for each new shape, and freed memory that the allocator holds",
         ]
 
     def require(self) -> None:
@@ -267,11 +287,14 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
     choices = [each for name in ("lora+", "lora", "qlora") for each in choices if each.recipe.method == name]
     alone = next((each for each in choices if each.fits), None)
     if alone is not None:
+        reading = "each device reads windows of its own"
+        if recipe.sequence_ranks != 1:
+            reading = f"{alone.sharing} devices read each window together"
         rows.append(
             (
                 "method",
                 f"{alone.recipe.method}, activations {alone.recipe.activations}: {size(alone.memory.total)} of "
-                f"{size(machine.memory)}; each device reads windows of its own",
+                f"{size(machine.memory)}; {reading}",
             )
         )
     else:
@@ -303,9 +326,10 @@ def _pattern(config: PretrainedConfig, recipe: Recipe) -> str:
 def _hidden(config: PretrainedConfig, length: int) -> str:
     """Say how much of a text windows of the model's own hide from its last token, through all layers; "" is nothing."""
     own = windows(config)
-    if None in own or sum(window - 1 for window in own) >= length - 1:
+    # As far back as all windows together, each of which includes the token that looks.
+    seen = length if None in own else 1 + sum(window - 1 for window in own)
+    if seen >= length:
         return ""
-    seen = 1 + sum(window - 1 for window in own)
     return (
         f"the model's own, of {max(own):,} tokens, show a token {seen:,} of {length:,} through all {len(own)} layers, "
         f"however it is trained; what lies before cannot be found"

@@ -132,8 +132,9 @@ def readable_depths(
     A key that a sparse pattern hides from the question cannot be retrieved, and asking for it all the same would
     teach the model to guess. Where no depth is left, windows are text alone.
 
-    Law: every head of one layer reads what stands there. Where no layer of the model could, since it has windows of
-    its own on all, the key must come up to the question layer by layer, through whatever heads.
+    Law: every head of one layer reads what stands there. Where all layers of the model have shorter windows of their
+    own, it finds what it finds by passing it on, so what stands there must come up to the question layer by layer,
+    through whatever heads.
 
     Args:
         patterns: one for all layers, or one for each.
@@ -151,14 +152,12 @@ def readable_depths(
     own = (None,) * len(patterns) if own is None else own
     layers = layer_patterns(patterns, own)
     places = np.round(_TRIED * (length - 1)).astype(np.int64)
-    readable = np.zeros(_DEPTHS, dtype=bool)
-    for layer in set(layers):
-        readable |= _read(layer, places, length - 1, heads)
-    windows = [window for window in own if window is not None]
-    if len(windows) == len(own):
-        beyond = length - 1 - places >= max(windows)
-        if beyond.any():
-            readable |= beyond & sight(layers, length=length, heads=heads)[places]
+    if all(window is not None and window < length for window in own):
+        readable = sight(layers, length=length, heads=heads)[places]
+    else:
+        readable = np.zeros(_DEPTHS, dtype=bool)
+        for layer in set(layers):
+            readable |= _read(layer, places, length - 1, heads)
     return _TRIED[readable]
 
 

@@ -57,9 +57,7 @@ def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     return tuple(window if kind in _SLIDING else None for kind in kinds if kind not in _OTHER)
 
 
-def layer_patterns(
-    patterns: Sequence[Pattern], windows: Sequence[int | None]
-) -> tuple[Pattern, ...]:
+def layer_patterns(patterns: Sequence[Pattern], windows: Sequence[int | None]) -> tuple[Pattern, ...]:
     """Return what each attention layer reads once `set_pattern` was given some patterns.
 
     Law: a layer reads by its pattern, nothing of the future, and through its own window.
