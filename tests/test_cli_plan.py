@@ -6,12 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
+import torch
+from hf_models import FAMILIES, WINDOW, model_of
 from tiny import llama
-from transformers import LlamaConfig
+from transformers import Gemma2Config, LlamaConfig, MistralConfig
 
+from longspan.cli.extend import command as extend_command
+from longspan.cli.plan import command as plan_command
 from longspan.errors import InputError
 from longspan.extend.adapter import adapt
 from longspan.extend.forecast import Forecast, Machine, advice
@@ -67,6 +72,54 @@ def test_a_large_model_is_read_from_its_configuration():
     assert forecast.flops > 2 * 8_030_261_248 * 131072 * 3
 
 
+@pytest.mark.parametrize(
+    ("family", "dense"),
+    [("llama", 3), ("mistral", 0), ("qwen2 with windows", 1), ("gemma2 without cap", 1)],
+)
+def test_windows_of_the_model_are_counted(family, dense):
+    """Three layers of 4 heads and 2 key heads of width 8, of which some read through windows of 8 tokens."""
+    length = 64
+    forecast = Forecast(FAMILIES[family], Recipe(length=length, pattern="Causal()"), machine())
+    # A query reads so many keys, its own included, and all there are at the beginning.
+    window = WINDOW * length - WINDOW * (WINDOW - 1) // 2
+    pairs = 4 * (dense * length * (length + 1) // 2 + (3 - dense) * window)
+    assert forecast.pairs(length) == pairs
+    assert forecast.prefill == 2 * forecast.memory.parameters * length + 4 * 8 * pairs
+    # The next token reads all, or a window without its own.
+    held = dense * length + (3 - dense) * (WINDOW - 1)
+    assert forecast.cache == held * 2 * 2 * 8 * 2
+    with torch.no_grad():
+        kept = model_of(FAMILIES[family])(torch.ones(1, length, dtype=torch.long)).past_key_values
+    assert forecast.cache == sum(2 * (layer.keys.numel() + layer.values.numel()) for layer in kept.layers)
+
+
+def test_training_reads_by_the_pattern_inside_the_windows_of_the_model():
+    def pairs(pattern: str) -> int:
+        return Forecast(FAMILIES["gemma2 without cap"], Recipe(length=64, pattern=pattern), machine()).pairs(
+            64
+        )
+
+    def window(size: int) -> int:
+        return 4 * (size * 64 - size * (size - 1) // 2)
+
+    assert pairs("SlidingWindow(16)") == 2 * window(WINDOW) + window(16)
+    assert pairs("SlidingWindow(4)") == 3 * window(4)
+    assert pairs("Causal(); SlidingWindow(4); SlidingWindow(2)") == window(WINDOW) + window(4) + window(2)
+
+
+def test_a_window_shared_by_devices_sends_what_the_others_read():
+    recipe = Recipe(length=65536, window=65536, pattern="Causal()", sequence_ranks=4)
+    dense, windowed = (
+        Forecast(type(config).from_dict(config.to_dict()), recipe, machine(devices=8)).traffic[1]
+        for config in (MIDDLING, MistralConfig(**MIDDLING.to_dict() | {"sliding_window": 4096}))
+    )
+    # On two layers, each device sends the last 4,096 tokens of two pieces to those that read on, and the gradients of as
+    # many back: keys and values of 8 heads of width 128 in bfloat16.
+    assert windowed == 2 * (2 * 4096) * 2 * (2 * 8 * 128) * 2
+    assert windowed < dense
+    assert Forecast(MIDDLING, Recipe(length=65536), machine()).traffic == (0, 0)
+
+
 def test_every_stage_takes_its_time():
     staged = Recipe(length=4096, steps=9)
     assert staged.windows == (1024, 2048, 4096)
@@ -119,6 +172,19 @@ def test_advice_can_be_followed():
         assert row.startswith(f"{method}, which it was stretched by before: 4 times the 8,192 tokens")
         extended(before, method=method, length=32768)
     assert "--rope" in told(extended(MIDDLING, method="linear", length=16384), 65536)["positions"]
+
+
+def test_advice_says_what_windows_of_the_model_hide():
+    config = MistralConfig(**MIDDLING.to_dict() | {"sliding_window": 4096})
+    rows = dict(advice(config, Recipe(length=16384, window=16384), machine()))
+    assert rows["windows"].startswith(
+        "the model's own, of 4,096 tokens, show a token 8,191 of 16,384 through"
+    )
+    assert rows["pattern"].startswith('"Causal()": every layer reads through a window of its own')
+    assert "windows" not in dict(advice(config, Recipe(length=8191), machine()))
+    half = Gemma2Config(**MIDDLING.to_dict() | {"sliding_window": 4096})
+    rows = dict(advice(half, Recipe(length=16384, window=16384), machine()))
+    assert "windows" not in rows and rows["pattern"].startswith('"Streaming')
 
 
 def test_recomputing_takes_less_and_more_ranks_share_a_window():
@@ -202,6 +268,42 @@ def test_the_estimate_is_the_peak_within_15_percent():
     assert pairs[5][1] == pytest.approx(pairs[5][0], rel=0.25)
 
 
+PROCESS = r"""
+import re, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from longspan.extend.extension import extend
+from longspan.extend.recipe import Recipe
+lines = []
+text, output = sys.argv[1:]
+extend(Recipe(text=text, length=1024, stages=1, steps=2), output, note=lines.append)
+print(lines[2])
+print(1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak so")
+def test_with_the_process_itself_the_estimate_is_the_peak_of_all(tmp_path):
+    (tmp_path / "text.txt").write_text("A line of text.\n" * 2000)
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        PROCESS,
+        str(tmp_path / "text.txt"),
+        str(tmp_path / "output"),
+    ]
+    frugal = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, **frugal})
+    told, peak = done.stdout.splitlines()
+    process, total = re.fullmatch(
+        r"with ([\d.]+ MB) of libraries and text in this process ([\d.]+) MB; not counted: .*", told
+    ).groups()
+    assert float(total) * 1e6 == pytest.approx(int(peak), rel=0.15), process
+
+
 def test_it_prints_a_plan(run):
     code, out, err = run("plan", "--length", "128k", "--gpus", "8", "--memory", "80")
     lines = out.splitlines()
@@ -211,6 +313,7 @@ def test_it_prints_a_plan(run):
         == "the default model: 3,279,616 parameters, reads 512 tokens, shall read 131,072: 256 times as many"
     )
     assert [line.partition(":")[0] for line in lines if ": " in line][1:] == [
+        "not counted",
         "traffic",
         "reading",
         "positions",
@@ -220,6 +323,38 @@ def test_it_prints_a_plan(run):
     assert sum(line.startswith(("full", "lora", "qlora")) for line in lines) == 8
 
 
+def test_a_plan_takes_what_extend_takes(run, monkeypatch):
+    plan, extend = (signature(command).parameters for command in (plan_command, extend_command))
+    machine = ("devices", "memory", "speed")
+    # The annotations are texts, which name the same options.
+    assert all(plan[name] == extend[name] for name in plan if name not in machine)
+    planned = []
+
+    def noted(config, recipe, there):
+        planned.append(recipe)
+        raise InputError("enough")
+
+    monkeypatch.setattr("longspan.extend.forecast.by_method", noted)
+    told = {
+        "length": 16384,
+        "pattern": "SlidingWindow(64)",
+        "window": 16384,
+        "stages": 1,
+        "positions": "counted",
+        "documents": "packed",
+        "steps": 9,
+        "batch": 2,
+        "accumulate": 3,
+        "rank": 8,
+        "loss": "whole",
+        "sequence_ranks": 0,
+    }
+    assert {*told, "model"} == {*plan} - {*machine}
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in told.items()]
+    run("plan", *(part for option in options for part in option))
+    assert planned == [Recipe(**told)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -227,6 +362,9 @@ def test_it_prints_a_plan(run):
         (("--length", "far"), "This is not a length."),
         (("--gpus", "0"), "An option of the plan is out of range."),
         (("--memory", "nan"), "An option of the plan is out of range."),
+        (("--gpus", "3", "--sequence-ranks", "2"), "The devices cannot be divided among the windows."),
+        (("--pattern", "Causal(); Causal()"), "A sequence of patterns needs one for each attention layer."),
+        (("--window", "8k"), "An option of the recipe is out of range."),
     ],
 )
 def test_bad_input_gets_one_message_and_code_2(run, arguments, problem):

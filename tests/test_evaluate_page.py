@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
+from transformers import Gemma2Config, LlamaConfig
 
 from longspan.errors import PatternError
 from longspan.evaluate import plot
@@ -25,7 +25,7 @@ from longspan.evaluate.task import TASKS, Scores
 from longspan.pattern import Causal, SlidingWindow
 
 LENGTHS, DEPTHS = (512, 1024, 4096), (0.0, 1.0)
-CONFIG = SimpleNamespace(num_attention_heads=4, head_dim=64, hidden_size=256)
+CONFIG = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, head_dim=64, hidden_size=256)
 VOID = {"meta", "br"}
 
 
@@ -244,6 +244,15 @@ def test_every_pattern_is_drawn_once():
         (("b",), "while training (layers 1)", "SlidingWindow(8)", 64),
     ]
     assert readings(models[:1], pattern=None, length=128) == ()
+
+
+def test_patterns_are_drawn_inside_the_windows_of_the_model():
+    config = Gemma2Config(**CONFIG.to_dict() | {"sliding_window": 8, "layer_types": None})
+    found = readings([("a", config, ("Causal()",), 64)], pattern=None, length=128)
+    assert [(reading.occasion, str(reading.pattern)) for reading in found] == [
+        ("while training (layers 0, 2)", "Causal() & Window(8)"),
+        ("while training (layers 1)", "Causal()"),
+    ]
 
 
 def test_a_pattern_that_does_not_fit_its_model_is_refused():

@@ -124,6 +124,12 @@ def test_a_family_is_extended_measured_and_read_again(name, text, run, tmp_path)
     assert "source" in out and "out" in out
 
 
+def test_passkeys_stand_where_the_windows_of_a_model_reach(text, tmp_path):
+    source = saved(FAMILIES["qwen2, windows on half of the layers"], tmp_path / "source")
+    recipe = Recipe(model=source, text=text, length=LENGTH, steps=2)
+    assert extension._Prepared(recipe, "cpu").windows.own == (None, 48)
+
+
 def test_what_was_extended_is_extended_further(text, tmp_path):
     """By YaRN, twice: once is not known to the second, whose result counts from the length first trained."""
     source = saved(FAMILIES["llama, shared keys"], tmp_path / "source")

@@ -12,9 +12,9 @@ from tiny import byte_tokenizer, llama
 from longspan.errors import InputError
 from longspan.extend.positions import restarting, skipping
 from longspan.extend.recipe import Recipe
-from longspan.extend.windows import TrainingWindows
+from longspan.extend.windows import TrainingWindows, readable_depths
 from longspan.hf.attention import set_pattern
-from longspan.pattern import Causal
+from longspan.pattern import Causal, Streaming, Window
 from longspan.text.corpus import Corpus
 
 CORPUS = Corpus.from_ids([list(range(1, 200))] * 10, separator=256)
@@ -181,3 +181,46 @@ def test_a_window_too_short_for_a_passkey_is_text():
     short = windows(length=40, passkeys=1.0)
     assert "pass key" not in byte_tokenizer().decode(short[0]["input_ids"])
     assert short.kind(0) == "text" and torch.equal(short[0]["input_ids"], short[0]["labels"])
+
+
+@pytest.mark.parametrize(
+    ("own", "patterns", "first"),
+    [
+        # Three windows of 101 pass on what stands up to 300 tokens back.
+        ((101, 101, 101), [Causal()], 100),
+        ((51, 201, 51), [Causal()], 100),
+        ((101, 101, 101), [Window(51)], 250),
+        ((500, 101, 101), [Causal()], 0),
+        # Where a layer of the model reads everything, its pattern must let it.
+        ((None, 101, 101), [Causal()], 0),
+        ((None, 101, 101), [Window(201)], 200),
+        ((101, None, 101), [Causal(), Window(151), Causal()], 250),
+    ],
+)
+def test_passkeys_stand_where_the_windows_of_the_model_reach(own, patterns, first):
+    """Of 401 tokens; depths are ten tokens apart."""
+    depths = readable_depths(patterns, length=401, heads=2, own=own)
+    assert (np.round(depths * 400) == np.arange(first, 401, 10)).all()
+
+
+def test_sinks_are_read_directly_or_not_at_all():
+    sinks = Streaming(51, sinks=11)
+    found = readable_depths([sinks], length=401, heads=2, own=(None, None))
+    assert np.round(found * 400).tolist() == [0, 10, *range(350, 401, 10)]
+    # A window of the model's own has no sinks.
+    found = readable_depths([sinks], length=401, heads=2, own=(51, 51))
+    assert np.round(found * 400).tolist() == list(range(300, 401, 10))
+
+
+def test_windows_hide_passkeys_where_the_model_reaches_only():
+    recipe = Recipe(length=401, steps=40, passkeys=1.0, pattern="Causal()")
+    near = TrainingWindows(CORPUS, byte_tokenizer(), recipe, heads=4, own=(101, 101))
+    found = []
+    for number in range(len(near)):
+        item = near[number]
+        answer = byte_tokenizer().decode(item["input_ids"][item["labels"] != -100]).strip()
+        found.append(byte_tokenizer().decode(item["input_ids"]).index(answer))
+    assert min(found) > 100 and near.kind(0) == "passkey"
+    # The last token reads nothing but what is asked.
+    short = TrainingWindows(CORPUS, byte_tokenizer(), recipe, heads=4, own=(2, 2))
+    assert len(short.depths(401)) == 1

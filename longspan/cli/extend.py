@@ -11,14 +11,9 @@ import typer
 from longspan.cli import options
 from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
-from longspan.extend.recipe import CHOICES, FAR, NEAR, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
+from longspan.extend.recipe import CHOICES, RATE, RATES, Recipe
 
 _OUTPUT = Path("extended")
-
-
-def _by_length(name: str) -> str:
-    near, far = (value if isinstance(value, str) else f"{value:g}" for value in (NEAR[name], FAR[name]))
-    return f"{near}, {far} for more than {WHOLE:,} tokens"
 
 
 def command(
@@ -31,12 +26,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    length: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N", help="Tokens the model shall read; 4k is 4096.", show_default=str(Recipe.length)
-        ),
-    ] = None,
+    length: options.Length = None,
     text: Annotated[str | None, options.text("Text to train on")] = None,
     column: options.Column = None,
     rope: Annotated[
@@ -53,18 +43,10 @@ def command(
         typer.Option(
             metavar="F",
             help="Stretch this much further than the lengths ask for.",
-            show_default=_by_length("margin"),
+            show_default=options.by_length("margin"),
         ),
     ] = None,
-    pattern: Annotated[
-        str | None,
-        typer.Option(
-            metavar="EXPRESSION",
-            help='What each query reads while training, such as "S2(1024)"; {1/4} is a quarter of the window, '
-            '";" stands between patterns of layers. The result reads densely.',
-            show_default=_by_length("pattern"),
-        ),
-    ] = None,
+    pattern: options.Pattern = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -73,54 +55,13 @@ def command(
             show_default=Recipe.method,
         ),
     ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N",
-            help="Tokens of a training window.",
-            show_default=f"the length up to {WHOLE:,}, a quarter of longer ones",
-        ),
-    ] = None,
-    stages: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Parts of the training, windows doubling in each.",
-            show_default=f"{STAGES}, from windows of {SHORTEST:,} tokens on",
-        ),
-    ] = None,
-    positions: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(CHOICES["positions"]),
-            help="Whether positions skip in windows shorter than the length, so that they reach over all of it (PoSE).",
-            show_default=Recipe.positions,
-        ),
-    ] = None,
-    documents: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(CHOICES["documents"]),
-            help="Whether a window reads over the ends of documents.",
-            show_default=Recipe.documents,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Updates of the weights.", show_default=_by_length("steps")),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Windows at a time, on each device.", show_default=str(Recipe.batch)),
-    ] = None,
-    accumulate: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="How many times as many windows make a step.",
-            show_default=str(Recipe.accumulate),
-        ),
-    ] = None,
+    window: options.Window = None,
+    stages: options.Stages = None,
+    positions: options.Positions = None,
+    documents: options.Documents = None,
+    steps: options.Steps = None,
+    batch: options.Batch = None,
+    accumulate: options.Accumulate = None,
     rate: Annotated[
         float | None,
         typer.Option(
@@ -129,16 +70,13 @@ def command(
             show_default=", ".join([f"{RATE:g}", *(f"{rate:g} for {name}" for name, rate in RATES.items())]),
         ),
     ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="Rank of the LoRA matrices.", show_default=str(Recipe.rank)),
-    ] = None,
+    rank: options.Rank = None,
     repeats: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
             help="Steps on windows in which segments recur.",
-            show_default=_by_length("repeats"),
+            show_default=options.by_length("repeats"),
         ),
     ] = None,
     passkeys: Annotated[
@@ -146,7 +84,7 @@ def command(
         typer.Option(
             metavar="SHARE",
             help="Steps on windows that hide a passkey, and teach to find it.",
-            show_default=_by_length("passkeys"),
+            show_default=options.by_length("passkeys"),
         ),
     ] = None,
     activations: Annotated[
@@ -158,22 +96,8 @@ def command(
             show_default=Recipe.activations,
         ),
     ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(CHOICES["loss"]),
-            help="Logits of a few tokens at a time, or of all.",
-            show_default=Recipe.loss,
-        ),
-    ] = None,
-    sequence_ranks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Processes of torchrun that read each window together, split along the sequence; 0 is all.",
-            show_default=str(Recipe.sequence_ranks),
-        ),
-    ] = None,
+    loss: options.Loss = None,
+    sequence_ranks: options.SequenceRanks = None,
     seed: Annotated[
         int | None,
         typer.Option(metavar="N", help="Seed of all random choices.", show_default=str(Recipe.seed)),

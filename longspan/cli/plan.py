@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,34 +11,42 @@ from longspan.cli.lengths import parse_length
 from longspan.errors import InputError, message
 from longspan.extend.recipe import Recipe
 
+if TYPE_CHECKING:
+    from longspan.extend.forecast import Forecast
+
 
 def command(
     model: options.Model = None,
-    length: Annotated[
-        str, typer.Option(metavar="N", help="Tokens the model shall read; 128k is 131072.")
-    ] = str(Recipe.length),
+    length: options.Length = None,
     devices: Annotated[int, typer.Option("--gpus", metavar="N", help="How many devices there are.")] = 1,
     memory: Annotated[float, typer.Option(metavar="GB", help="Memory of each.")] = 80.0,
     speed: Annotated[
         float, typer.Option(metavar="TFLOPS", help="What each sustains, in 10^12 operations per second.")
     ] = 300.0,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            help="Updates of the weights.",
-            show_default="as many as `longspan extend` makes",
-        ),
-    ] = None,
+    pattern: options.Pattern = None,
+    window: options.Window = None,
+    stages: options.Stages = None,
+    positions: options.Positions = None,
+    documents: options.Documents = None,
+    steps: options.Steps = None,
+    batch: options.Batch = None,
+    accumulate: options.Accumulate = None,
+    rank: options.Rank = None,
+    loss: options.Loss = None,
+    sequence_ranks: options.SequenceRanks = None,
 ) -> None:
     """Say what an extension would take, and which way to go.
 
     Reads the model's configuration and no weights: memory by method, time and traffic of training, cache and
     reading of the result, and a recommendation with its reasons.
 
+    Options that `longspan extend` takes too mean the same here.
+
     Example: longspan plan --length 131072 --gpus 8 --memory 80
     """
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
+    from psutil import Process
+
     from longspan.extend.forecast import Machine, advice, by_method
     from longspan.hf.model import load_config
     from longspan.size import size
@@ -52,11 +60,27 @@ def command(
                     fix="the default, by leaving the option out",
                 )
             )
-    recipe = Recipe(model=model, length=parse_length(length), steps=steps)
+    asked: dict[str, Any] = {
+        "model": model,
+        "length": None if length is None else parse_length(length),
+        "pattern": pattern,
+        "window": None if window is None else parse_length(window),
+        "stages": stages,
+        "positions": positions,
+        "documents": documents,
+        "steps": steps,
+        "batch": batch,
+        "accumulate": accumulate,
+        "rank": rank,
+        "loss": loss,
+        "sequence_ranks": sequence_ranks,
+    }
+    recipe = Recipe(**{name: value for name, value in asked.items() if value is not None})
     config = load_config(model)
     machine = Machine(devices, memory * 1e9, speed * 1e12)
     forecasts = by_method(config, recipe, machine)
     first = forecasts[0]
+    _check_sharing(first)
     reads = config.max_position_embeddings
     typer.echo(
         f"{model or 'the default model'}: {first.memory.parameters:,} parameters, reads {reads:,} tokens, "
@@ -72,10 +96,14 @@ def command(
             f"{name:<22}{each.memory.trained:>16,}{size(each.memory.total):>14}{ranks:>16}"
             f"{each.seconds / 3600:>10,.2f} h"
         )
+    typer.echo(
+        f"not counted: the process itself, which takes {size(Process().memory_info().rss)} here and more with a text; "
+        "what libraries and kernels hold on a GPU; freed memory that an allocator holds"
+    )
     gradients, keys = next(each for each in forecasts if each.recipe.method == "lora+").traffic
     typer.echo(
         f"traffic: {size(gradients)} of gradients per device and step (lora+), and {size(keys)} "
-        f"of keys and values where {devices} share a window"
+        f"of keys and values where {first.sharing} share a window"
     )
     typer.echo(
         f"reading: {size(first.cache)} of keys and values, {first.prefill / 1e12:,.1f} TFLOP "
@@ -83,3 +111,20 @@ def command(
     )
     for name, reason in advice(config, recipe, machine):
         typer.echo(f"{name}: {reason}")
+
+
+def _check_sharing(forecast: Forecast) -> None:
+    """Refuse devices that cannot be divided among the windows, as the training would."""
+    recipe, devices = forecast.recipe, forecast.machine.devices
+    number = recipe.sequence_ranks or devices
+    if devices % number or recipe.windows[0] < 2 * number:
+        raise InputError(
+            message(
+                "The devices cannot be divided among the windows.",
+                {
+                    "asked": f"{number} devices for each window of {recipe.windows[0]:,} tokens",
+                    "there are": f"{devices} devices",
+                },
+                fix="--gpus with a multiple of --sequence-ranks, and two tokens of a window for each",
+            )
+        )

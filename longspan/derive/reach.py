@@ -115,6 +115,38 @@ def reach(
               32      131,041  12.50%        131,040
           the first token is seen after 257 layers
     """
+    stack, query = _checked(pattern, length, layers, query)
+    look = _Look(length, heads)
+    if len(set(stack)) == 1:
+        return look.through(stack[0], len(stack), query)
+    return look.through_all(stack, query)
+
+
+def sight(
+    pattern: Pattern | Sequence[Pattern],
+    *,
+    length: int,
+    layers: int | None = None,
+    heads: int = 1,
+    query: int | None = None,
+) -> np.ndarray:
+    """Return which tokens one token sees after all layers, bool `[length]`: those that `reach` counts.
+
+    Args and errors are those of `reach`.
+
+    Example:
+        >>> from longspan.pattern import Causal, Window
+        >>> sight(Causal() & Window(2), layers=2, length=5).tolist()
+        [False, False, True, True, True]
+    """
+    stack, query = _checked(pattern, length, layers, query)
+    return _Look(length, heads).down(stack, query)
+
+
+def _checked(
+    pattern: Pattern | Sequence[Pattern], length: int, layers: int | None, query: int | None
+) -> tuple[list[Pattern], int]:
+    """Return the pattern of every layer and the position of the token that looks."""
     stack: list[Pattern] = (
         [pattern] * (1 if layers is None else layers) if isinstance(pattern, Pattern) else list(pattern)
     )
@@ -130,10 +162,7 @@ def reach(
                 fix="layers=32, length=4096",
             )
         )
-    look = _Look(length, heads)
-    if len(set(stack)) == 1:
-        return look.through(stack[0], len(stack), query)
-    return look.through_all(stack, query)
+    return stack, query
 
 
 class _Look:
@@ -167,15 +196,20 @@ class _Look:
         """Return the reach where layers differ: every number of layers has a top of its own to look down from."""
         seen, farthest = [], []
         for top in range(1, len(stack) + 1):
-            view = self._itself(query)
-            for pattern in reversed(stack[:top]):
-                if not view.all():
-                    view |= self._read_by(pattern, view)
+            view = self.down(stack[:top], query)
             seen.append(int(view.sum()))
             farthest.append(int(view.argmax()))
         first = farthest.index(0) + 1 if 0 in farthest else None
         everything = seen[-1] == self.length
         return Reach(query, self.length, tuple(seen), tuple(farthest), first, everything)
+
+    def down(self, stack: Sequence[Pattern], query: int) -> np.ndarray:
+        """Return what a token sees from the top of some layers, bool `[length]`."""
+        view = self._itself(query)
+        for pattern in reversed(stack):
+            if not view.all():
+                view |= self._read_by(pattern, view)
+        return view
 
     def _onward(
         self, pattern: Pattern, view: np.ndarray, fresh: np.ndarray, layer: int

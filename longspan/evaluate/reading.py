@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from longspan.hf.layers import one_per_layer, windows, within
 from longspan.kernel.plan import plan
 from longspan.pattern import Pattern
 from longspan.pattern.expression import parse
@@ -35,7 +36,8 @@ class Reading:
 def readings(
     models: Iterable[tuple[str, Any, Sequence[str], int]], *, pattern: Pattern | None, length: int
 ) -> tuple[Reading, ...]:
-    """Return what models read: the pattern they are measured with, and those they were trained with.
+    """Return what models read: the pattern they are measured with, and those they were trained with, each layer inside
+    the window that the model itself has on it.
 
     Args:
         models: of each its label, its configuration, the expressions of the patterns that it was trained with
@@ -53,13 +55,17 @@ def readings(
     for label, config, trained, window in models:
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        occasions = [] if pattern is None else [("as measured", pattern, length)]
-        for expression in dict.fromkeys(trained):
-            layers = [str(layer) for layer, other in enumerate(trained) if other == expression]
-            named = f" (layers {', '.join(layers)})" if len(set(trained)) > 1 else ""
-            occasions.append((f"while training{named}", parse(expression), window))
-        for occasion, read, tokens in occasions:
-            found.setdefault((occasion, read, tokens, heads, width), []).append(label)
+        occasions = [] if pattern is None else [("as measured", [pattern], length)]
+        if trained:
+            occasions.append(("while training", [parse(text) for text in trained], window))
+        own = windows(config) if occasions else ()
+        for occasion, parts, tokens in occasions:
+            spread = one_per_layer(parts[0] if len(parts) == 1 else parts, len(own))
+            layers = [within(part, frozenset({window})) for part, window in zip(spread, own, strict=True)]
+            for read in dict.fromkeys(layers):
+                alike = [str(layer) for layer, other in enumerate(layers) if other == read]
+                named = f" (layers {', '.join(alike)})" if len(alike) < len(layers) else ""
+                found.setdefault((occasion + named, read, tokens, heads, width), []).append(label)
     for _, read, tokens, heads, width in found:
         # Refused now rather than after the minutes of measuring.
         plan(read, length=tokens, heads=heads, width=width)

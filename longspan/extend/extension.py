@@ -24,6 +24,7 @@ from longspan.extend.stretch import SEARCHED, found, settled, stretched
 from longspan.extend.training import KEPT, Progress, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import reset, set_pattern
+from longspan.hf.layers import windows
 from longspan.hf.model import check_tokens, load_config, load_model
 from longspan.hf.precision import bfloat16_is_fast, saved_dtype, training_dtype
 from longspan.pattern.expression import parse
@@ -87,7 +88,7 @@ def extend(
         folder.check()
     prepared = _Prepared(recipe, device, progress)
     if note is not None:
-        for line in prepared.forecast.lines():
+        for line in prepared.forecast.lines(process=prepared.process()):
             note(line)
     if first:
         folder.require(prepared.written())
@@ -204,12 +205,25 @@ class _Prepared:
         check_tokens(self.model, corpus.ids)
         corpus.require(recipe.window, name="the text to train on")
         self.windows = TrainingWindows(
-            corpus, self.tokenizer, recipe, heads=config.num_attention_heads, ranks=ranks() // self.together
+            corpus,
+            self.tokenizer,
+            recipe,
+            heads=config.num_attention_heads,
+            ranks=ranks() // self.together,
+            own=windows(config),
         )
         self.size = self.model.num_parameters() * self.saved.itemsize
         self.adapted = adapt(self.model, rank=recipe.rank, method=recipe.method, seed=recipe.seed)
         # Any of the patterns will do to find out that the model takes them.
         set_pattern(causal_model(self.adapted), patterns[0] if len(patterns[0]) > 1 else patterns[0][0])
+
+    def process(self) -> int | None:
+        """Return the bytes that this process takes now beside the model; None where that lies on another device."""
+        weights = list(self.adapted.parameters())
+        if weights[0].device.type != "cpu":
+            return None
+        held = sum(weight.numel() * weight.element_size() for weight in weights)
+        return max(0, psutil.Process().memory_info().rss - held)
 
     def written(self, kept: int = KEPT) -> int:
         """Return the bytes that the run writes at most: states that are kept, one more, and the result."""

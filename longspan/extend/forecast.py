@@ -10,12 +10,16 @@ import torch
 from transformers import PretrainedConfig
 
 from longspan.derive.cost import cost
+from longspan.derive.lifetime import live
 from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
 from longspan.extend.recipe import METHODS, NEAR, Recipe
 from longspan.hf.config import GO_ON, extended
+from longspan.hf.layers import layer_patterns, windows
 from longspan.hf.rope import parameters_of
-from longspan.pattern import parse
+from longspan.layout import zigzag
+from longspan.pattern import Causal, Pattern, parse
+from longspan.ring.plan import plan as shared_out
 from longspan.size import size
 
 # What is tried when a recipe does not fit, in the order of how little it changes.
@@ -53,7 +57,8 @@ class Forecast:
     """What carrying out a recipe takes on a machine.
 
     Memory is for the window held on one device. Flops count matrix products, a multiply-add being two. Seconds
-    are flops over sustained speed, so they are as good as that figure.
+    are flops over sustained speed, so they are as good as that figure. Each layer reads through the window that the
+    model itself has on it, in training inside the pattern.
     """
 
     config: PretrainedConfig
@@ -92,14 +97,29 @@ class Forecast:
             ranks *= 2
         return ranks
 
+    @cached_property
+    def windows(self) -> tuple[int | None, ...]:
+        """The windows that the model itself has on its attention layers."""
+        return windows(self.config)
+
+    @cached_property
+    def own(self) -> tuple[Pattern, ...]:
+        """What each attention layer of the result reads."""
+        return layer_patterns([Causal()], self.windows)
+
+    def trained(self, window: int) -> tuple[Pattern, ...]:
+        """Return what each attention layer reads in a training window of so many tokens."""
+        return layer_patterns([parse(text) for text in self.recipe.patterns(window)], self.windows)
+
     def pairs(self, window: int) -> int:
-        """Return the pairs of query and key that all heads of all layers read in a window of so many tokens."""
-        layers, heads = self._text.num_hidden_layers, self._text.num_attention_heads
-        counts = [
-            cost(parse(f"({text}) & Causal()"), length=window, heads=heads).pairs
-            for text in self.recipe.patterns(window)
-        ]
-        return counts[0] * layers if len(counts) == 1 else sum(counts)
+        """Return the pairs of query and key that all heads of all layers read in a training window."""
+        return self._pairs(self.trained(window), window)
+
+    def _pairs(self, layers: tuple[Pattern, ...], length: int) -> int:
+        heads = self._text.num_attention_heads
+        return sum(
+            often * cost(layer, length=length, heads=heads).pairs for layer, often in Counter(layers).items()
+        )
 
     @cached_property
     def flops(self) -> float:
@@ -122,36 +142,74 @@ class Forecast:
         return self.flops / (self.machine.devices * self.machine.speed)
 
     @property
-    def traffic(self) -> tuple[int, int]:
-        """Bytes that each device sends in a step: gradients of a shared model, and keys of a shared window.
+    def sharing(self) -> int:
+        """Devices that share a window: those asked for, or all where each was to read windows of its own."""
+        ranks = self.recipe.sequence_ranks
+        return ranks if ranks > 1 else self.machine.devices
 
-        The second is a ring's: keys and values go round on the way there, and with their gradients on the way back.
+    @property
+    def traffic(self) -> tuple[int, int]:
+        """Bytes that a device sends in a step: gradients of a shared model, and keys of shared windows.
+
+        The second is what `longspan.ring` moves of keys, values and their gradients, on the device that sends the most
+        of them in a layer.
         """
-        devices = self.machine.devices
+        devices, recipe = self.machine.devices, self.recipe
         gradients = 2 * self.memory.gradients * (devices - 1) // devices
-        share = self.recipe.window * (devices - 1) // devices
-        return gradients, 3 * share * self._kv * self.machine.dtype.itemsize * self.recipe.batch
+        if recipe.window < 2 * self.sharing:
+            return gradients, 0
+        # Layers that are computed again are sent their keys again.
+        forwards = 2 if recipe.activations == "recomputed" else 1
+        keys = 0
+        for layer, often in Counter(self.trained(recipe.window)).items():
+            sharing = shared_out(
+                layer,
+                zigzag(recipe.window, self.sharing),
+                heads=self._text.num_attention_heads,
+                key_heads=self._key_heads,
+                width=self._width,
+                dtype=str(self.machine.dtype).removeprefix("torch."),
+            )
+            keys += often * int((forwards * sharing.sent + sharing.gradients.sum(axis=0)).max())
+        return gradients, recipe.batch * recipe.accumulate * keys
 
     @property
     def cache(self) -> int:
-        """Bytes of keys and values of one text of full length, in bfloat16, read densely."""
-        return self.recipe.length * self._kv * 2
+        """Bytes of the keys and values of one text of full length that the result still reads, in bfloat16."""
+        length = self.recipe.length
+        held = sum(
+            often * sum(map(len, live(layer, at=length))) for layer, often in Counter(self.own).items()
+        )
+        return held * 2 * self._key_heads * self._width * torch.bfloat16.itemsize
 
     @property
     def prefill(self) -> float:
-        """Floating-point operations to read one text of full length densely."""
-        heads, length = self._text.num_attention_heads, self.recipe.length
-        dense = self._text.num_hidden_layers * heads * length * (length + 1) // 2
-        return 2 * self.memory.parameters * length + 4 * self._width * dense
+        """Floating-point operations of the result to read one text of full length."""
+        length = self.recipe.length
+        return 2 * self.memory.parameters * length + 4 * self._width * self._pairs(self.own, length)
 
-    def lines(self) -> list[str]:
-        """Say in a few lines what training takes."""
+    def lines(self, *, process: int | None = None) -> list[str]:
+        """Say in a few lines what training takes.
+
+        Args:
+            process: bytes that the process takes beside the model, where both lie in the same memory.
+        """
         memory, recipe = self.memory, self.recipe
-        return [
+        lines = [
             f"training {memory.trained:,} of {memory.parameters:,} parameters, activations {recipe.activations}",
             f"memory {size(memory.total)}: model {size(memory.weights)}, optimizer and gradients "
             f"{size(memory.moments + memory.gradients)}, activations {size(memory.activations)}, workspace "
             f"{size(memory.workspace)}; {size(self.machine.memory)} are there",
+        ]
+        if process is None:
+            return [
+                *lines,
+                "not counted: what libraries and kernels hold on the device, and freed memory in pieces",
+            ]
+        return [
+            *lines,
+            f"with {size(process)} of libraries and text in this process {size(process + memory.total)}; not counted: "
+            "what libraries keep for each new shape, and freed memory that the allocator holds",
         ]
 
     def require(self) -> None:
@@ -206,11 +264,8 @@ class Forecast:
         return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
     @property
-    def _kv(self) -> int:
-        """Numbers in the keys and values of one token, all layers together."""
-        text = self._text
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        return 2 * text.num_hidden_layers * heads * self._width
+    def _key_heads(self) -> int:
+        return getattr(self._text, "num_key_value_heads", None) or self._text.num_attention_heads
 
 
 def by_method(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[Forecast]:
@@ -224,27 +279,22 @@ def by_method(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> lis
 
 def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[tuple[str, str]]:
     """Return what to choose, each with its reason: positions, pattern, method, ranks, and other architectures."""
-    rows = [("positions", _positions(config, recipe.length))]
-    if recipe.window <= _DENSE:
-        rows.append(
-            ("pattern", f'"Causal()": in windows of up to {_DENSE:,} tokens dense attention is cheap')
-        )
-    else:
-        rows.append(
-            (
-                "pattern",
-                f'"{NEAR["pattern"]}": windows of more than {_DENSE:,} tokens; the result reads densely all the same',
-            )
-        )
+    rows = [("positions", _positions(config, recipe.length)), ("pattern", _pattern(config, recipe))]
+    hidden = _hidden(config, recipe.length)
+    if hidden:
+        rows.append(("windows", hidden))
     choices = by_method(config, recipe, machine)
     choices = [each for name in ("lora+", "lora", "qlora") for each in choices if each.recipe.method == name]
     alone = next((each for each in choices if each.fits), None)
     if alone is not None:
+        reading = "each device reads windows of its own"
+        if recipe.sequence_ranks != 1:
+            reading = f"{alone.sharing} devices read each window together"
         rows.append(
             (
                 "method",
                 f"{alone.recipe.method}, activations {alone.recipe.activations}: {size(alone.memory.total)} of "
-                f"{size(machine.memory)}; each device reads windows of its own",
+                f"{size(machine.memory)}; {reading}",
             )
         )
     else:
@@ -258,6 +308,32 @@ def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[t
             )
         )
     return rows
+
+
+def _pattern(config: PretrainedConfig, recipe: Recipe) -> str:
+    """Say what to read by while training."""
+    if recipe.window <= _DENSE:
+        return f'"Causal()": in windows of up to {_DENSE:,} tokens dense attention is cheap'
+    own = windows(config)
+    if all(window is not None and window <= _DENSE for window in own):
+        return f'"Causal()": every layer reads through a window of its own, of {max(own):,} tokens at most'
+    return (
+        f'"{NEAR["pattern"]}": windows of more than {_DENSE:,} tokens; the result reads as far as the model itself '
+        f"does all the same"
+    )
+
+
+def _hidden(config: PretrainedConfig, length: int) -> str:
+    """Say how much of a text windows of the model's own hide from its last token, through all layers; "" is nothing."""
+    own = windows(config)
+    # As far back as all windows together, each of which includes the token that looks.
+    seen = length if None in own else 1 + sum(window - 1 for window in own)
+    if seen >= length:
+        return ""
+    return (
+        f"the model's own, of {max(own):,} tokens, show a token {seen:,} of {length:,} through all {len(own)} layers, "
+        f"however it is trained; what lies before cannot be found"
+    )
 
 
 def _sharing(choices: list[Forecast], machine: Machine) -> str:

@@ -16,9 +16,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from longspan.extend.adapter import adapt, causal_model
 from longspan.extend.loss import LOGITS
 from longspan.extend.recipe import Recipe
+from longspan.hf.layers import layer_patterns, windows
 from longspan.hf.quiet import quiet
 from longspan.kernel.plan import plan
-from longspan.pattern import Causal, parse
+from longspan.pattern import parse
 
 _PROBE = "longspan_probe"
 # Logits of a chunk, their softmax, and the gradient of them.
@@ -141,11 +142,10 @@ def _attention(config: PretrainedConfig, recipe: Recipe, dtype: torch.dtype) -> 
     text = config.get_text_config()
     heads = text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    parts = [parse(pattern) for pattern in recipe.patterns(recipe.window)]
     return max(
-        plan(
-            parse(pattern) & Causal(), length=recipe.window, heads=heads, width=width, dtype=dtype
-        ).workspace[0]
-        for pattern in recipe.patterns(recipe.window)
+        plan(layer, length=recipe.window, heads=heads, width=width, dtype=dtype).workspace[0]
+        for layer in set(layer_patterns(parts, windows(config)))
     )
 
 

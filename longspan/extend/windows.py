@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from longspan.derive.reach import sight
 from longspan.extend.positions import restarting, skipping
 from longspan.extend.recipe import Recipe
-from longspan.pattern import Causal, Pattern, parse
+from longspan.hf.layers import layer_patterns
+from longspan.pattern import Pattern, parse
 from longspan.text.corpus import Corpus
 from longspan.text.encoding import opening
 from longspan.text.passkey import passkey_prompt, shortest
@@ -36,10 +39,22 @@ class TrainingWindows(torch.utils.data.Dataset):
         recipe: length of a window, number of windows, shares of the kinds of windows, pattern, seed.
         heads: query heads of the model.
         ranks: devices that share the windows of a step.
+        own: windows that the model itself has, layer by layer, see `longspan.hf.layers.windows`; None for a model
+            that reads densely.
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: Any, recipe: Recipe, *, heads: int, ranks: int = 1) -> None:
-        self.corpus, self.tokenizer, self.recipe, self.heads = corpus, tokenizer, recipe, heads
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: Any,
+        recipe: Recipe,
+        *,
+        heads: int,
+        ranks: int = 1,
+        own: Sequence[int | None] | None = None,
+    ) -> None:
+        self.corpus, self.tokenizer, self.recipe = corpus, tokenizer, recipe
+        self.heads, self.own = heads, own
         self.per_step = recipe.batch * recipe.accumulate * ranks
         self.opening = np.asarray(opening(tokenizer), dtype=np.int64)
         self.least = shortest(tokenizer) + len(self.opening)
@@ -105,30 +120,53 @@ class TrainingWindows(torch.utils.data.Dataset):
     def _depths(self, window: int) -> np.ndarray:
         if window < self.least:
             return np.zeros(0)
-        # One layer that reads so far is enough.
-        kept = np.zeros(_DEPTHS, dtype=bool)
-        for text in self.recipe.patterns(window):
-            kept |= np.isin(_TRIED, readable_depths(parse(text), length=window, heads=self.heads))
-        return _TRIED[kept]
+        parts = [parse(text) for text in self.recipe.patterns(window)]
+        return readable_depths(parts, length=window, heads=self.heads, own=self.own)
 
 
-def readable_depths(pattern: Pattern, *, length: int, heads: int) -> np.ndarray:
-    """Return the depths, 0 to 1, at which every head of the last query reads what is hidden there.
+def readable_depths(
+    patterns: Sequence[Pattern], *, length: int, heads: int, own: Sequence[int | None] | None = None
+) -> np.ndarray:
+    """Return the depths, 0 to 1, at which the last query can find what is hidden there.
 
     A key that a sparse pattern hides from the question cannot be retrieved, and asking for it all the same would
     teach the model to guess. Where no depth is left, windows are text alone.
 
+    Law: every head of one layer reads what stands there. Where all layers of the model have shorter windows of their
+    own, it finds what it finds by passing it on, so what stands there must come up to the question layer by layer,
+    through whatever heads.
+
+    Args:
+        patterns: one for all layers, or one for each.
+        length: tokens of a window.
+        heads: query heads.
+        own: as for `TrainingWindows`.
+
     Example:
-        >>> from longspan.pattern import Streaming
-        >>> readable_depths(Streaming(64, sinks=64), length=256, heads=2)[[0, -1]]
+        >>> from longspan.pattern import Causal, Streaming
+        >>> readable_depths([Streaming(64, sinks=64)], length=256, heads=2)[[0, -1]]
         array([0., 1.])
+        >>> readable_depths([Causal()], length=401, heads=2, own=(101, 101))[[0, -1]]
+        array([0.5, 1. ])
     """
+    own = (None,) * len(patterns) if own is None else own
+    layers = layer_patterns(patterns, own)
     places = np.round(_TRIED * (length - 1)).astype(np.int64)
-    question = np.asarray(length - 1)
-    readable = np.ones(_DEPTHS, dtype=bool)
-    for head in range(heads):
-        readable &= (pattern.at_head(head, heads) & Causal()).contains(question, places)
+    if all(window is not None and window < length for window in own):
+        readable = sight(layers, length=length, heads=heads)[places]
+    else:
+        readable = np.zeros(_DEPTHS, dtype=bool)
+        for layer in set(layers):
+            readable |= _read(layer, places, length - 1, heads)
     return _TRIED[readable]
+
+
+def _read(pattern: Pattern, places: np.ndarray, question: int, heads: int) -> np.ndarray:
+    """Return which places every head of a query reads."""
+    read = np.ones(len(places), dtype=bool)
+    for single in {pattern.at_head(head, heads) for head in range(heads)}:
+        read &= single.contains(np.asarray(question), places)
+    return read
 
 
 _TRIED = np.linspace(0, 1, _DEPTHS)

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
-from longspan.errors import InputError, PatternError, PlanError, ShapeError, message
+from longspan.errors import InputError, PlanError, ShapeError, message
 from longspan.hf import traced
 from longspan.hf.batch import Batch, describe, refusal, settled
+from longspan.hf.layers import one_per_layer, within
 from longspan.hf.quiet import quiet
 from longspan.hf.traced import Outline
-from longspan.pattern import Causal, Pattern, Window
+from longspan.pattern import Causal, Pattern
 from longspan.score import Score, Scores, Sinks, SoftCap
 
 NAME = "longspan"
@@ -86,7 +86,7 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
         >>> reset(model)
     """
     modules = attention_modules(model)
-    patterns = _one_per_layer(pattern, len(modules))
+    patterns = one_per_layer(pattern, len(modules))
     owner = _owner(model, modules[0])
     before = owner.config._attn_implementation
     if before == NAME:
@@ -170,7 +170,7 @@ def _attend(
     batch = _check_batch(module, key, attention_mask, options.get("position_ids"), cached)
     windows = batch.window, options.get("sliding_window")
     if windows != (None, None):
-        pattern = _within(pattern, frozenset(windows))
+        pattern = within(pattern, frozenset(windows))
     if cached is not None:
         cached.check(module, pattern, batch, key.shape[2])
     if batch.spare:
@@ -189,14 +189,6 @@ def _attend(
 
 
 _apart = torch.compiler.disable(_attend, reason="longspan reads the padding of the batch")
-
-
-@lru_cache(maxsize=64)
-def _within(pattern: Pattern, windows: frozenset[int | None]) -> Pattern:
-    """Return a pattern inside the windows that the model asks for, the same one for every layer and token."""
-    for window in windows - {None}:
-        pattern = pattern & Window(window)
-    return pattern
 
 
 def _scores(options: dict[str, Any]) -> list[Score]:
@@ -246,28 +238,6 @@ def _not_registered(model: nn.Module) -> InputError:
             fix="a decoder of transformers, such as Llama, Mistral, Qwen or Gemma",
         )
     )
-
-
-def _one_per_layer(pattern: Pattern | Sequence[Pattern], layers: int) -> list[Pattern]:
-    if isinstance(pattern, Pattern):
-        return [pattern] * layers
-    if not isinstance(pattern, Sequence) or not all(isinstance(part, Pattern) for part in pattern):
-        raise PatternError(
-            message(
-                "A model reads by a pattern, or by a sequence of patterns.",
-                {"got": repr(pattern)},
-                fix="Causal() & Window(512), or a list with one pattern for each layer",
-            )
-        )
-    if len(pattern) != layers:
-        raise PatternError(
-            message(
-                "A sequence of patterns needs one for each attention layer.",
-                {"got": f"{len(pattern)} patterns", "model": f"{layers} attention layers"},
-                fix=f"a sequence of {layers}, or one pattern for all of them",
-            )
-        )
-    return list(pattern)
 
 
 def _check_setting(module: nn.Module) -> Setting:
