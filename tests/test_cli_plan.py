@@ -219,8 +219,8 @@ from longspan.extend.memory import training_memory
 from longspan.extend.recipe import Recipe
 from longspan.extend.training import train
 from longspan.extend.windows import TrainingWindows
-from longspan.hf.model import load_model
-from longspan.hf.precision import bfloat16_is_fast
+from longspan.hf.model import load_config, load_model
+from longspan.hf.precision import bfloat16_is_fast, training_dtype
 from longspan.text.corpus import Corpus
 
 def held(what):
@@ -229,7 +229,7 @@ def held(what):
 dtype = torch.bfloat16 if bfloat16_is_fast(on_cpu=True) else torch.float32
 corpus = Corpus.from_ids([list(range(1, 200)) * 50], separator=256)
 for activations, length in [("kept", n) for n in (64, 768, 1024, 1536)] + [("recomputed", n) for n in (64, 1536)]:
-    model, tokenizer = load_model(None)
+    model, tokenizer = load_model(None, dtype=training_dtype(load_config(None), dtype))
     recipe = Recipe(length=length, steps=2, passkeys=0.0, activations=activations)
     windows = TrainingWindows(corpus, tokenizer, recipe, heads=4)
     memory = training_memory(model.config, recipe, dtype=dtype)

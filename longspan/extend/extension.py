@@ -23,10 +23,11 @@ from longspan.extend.recipe import Recipe
 from longspan.extend.stretch import SEARCHED, found, settled, stretched
 from longspan.extend.training import KEPT, Progress, train, trained_bytes
 from longspan.extend.windows import TrainingWindows
+from longspan.hf import precision
 from longspan.hf.attention import reset, set_pattern
 from longspan.hf.layers import windows
 from longspan.hf.model import check_tokens, load_config, load_model
-from longspan.hf.precision import bfloat16_is_fast, saved_dtype, training_dtype
+from longspan.hf.precision import saved_dtype, training_dtype
 from longspan.pattern.expression import parse
 from longspan.ring.watch import TIMEOUT
 from longspan.text.documents import documents, split
@@ -151,7 +152,7 @@ def _machine(device: torch.device) -> Machine:
     """Return what there is to train on here; its speed is not known, and nothing depends on it."""
     if device.type == "cuda":
         return Machine(ranks(), torch.cuda.mem_get_info(device)[0], 0.0, torch.bfloat16)
-    dtype = torch.bfloat16 if bfloat16_is_fast(on_cpu=True) else torch.float32
+    dtype = torch.bfloat16 if precision.bfloat16_is_fast(on_cpu=True) else torch.float32
     return Machine(ranks(), psutil.virtual_memory().available, 0.0, dtype)
 
 
@@ -256,5 +257,5 @@ class _Prepared:
     def _loaded(self, bits: int = 0) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Read the model, in the lowest precision that its training may be in."""
         full = self.recipe.method == "full"
-        dtype = torch.float32 if full else training_dtype(self.config, self.device)
+        dtype = torch.float32 if full else training_dtype(self.config, _machine(self.device).dtype)
         return load_model(self.recipe.model, config=self.config, dtype=dtype, device=self.device, bits=bits)

@@ -17,6 +17,7 @@ from longspan.extend.adapter import adapt, causal_model
 from longspan.extend.loss import LOGITS
 from longspan.extend.recipe import Recipe
 from longspan.hf.layers import layer_patterns, windows
+from longspan.hf.precision import training_dtype
 from longspan.hf.quiet import quiet
 from longspan.kernel.plan import plan
 from longspan.pattern import parse
@@ -76,7 +77,7 @@ def training_memory(
     Args:
         config: of the model.
         recipe: method, window, batch and what is done with activations.
-        dtype: in which the model computes; weights are float32.
+        dtype: in which the model computes. What is trained is float32, all else as `training_dtype` holds it.
 
     Returns:
         Bytes by kind: exact in weights, moments and gradients, an estimate in the rest.
@@ -107,17 +108,19 @@ def training_memory(
         warnings.simplefilter("ignore")
         adapted = adapt(model, rank=recipe.rank, method=method)
     trained = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    weights = 4 * sum(weight.numel() for weight in adapted.parameters())
+    held = training_dtype(config, dtype).itemsize
+    weights = 4 * trained + held * (sum(weight.numel() for weight in adapted.parameters()) - trained)
     if recipe.method == "qlora":
         body = parameters - model.get_input_embeddings().weight.numel()
-        weights -= int((4 - _QUANTIZED) * body)
+        weights -= int((held - _QUANTIZED) * body)
     tokens = recipe.batch * recipe.window
     kept = _kept(adapted, recipe)
     share = 1 if dtype == torch.float32 else _LOWER
-    # Under autocast the way back holds each weight once more, in the lower precision: where layers are computed anew, or what
-    # they keep is moved away, those of one layer.
+    # Under autocast the way back holds each weight of float32 once more, in the lower precision: where layers are computed
+    # anew, or what they keep is moved away, those of one layer.
     layers = model.config.get_text_config().num_hidden_layers
-    at_once = parameters if recipe.activations == "kept" else parameters // layers
+    whole = parameters if held == 4 else min(trained, parameters)
+    at_once = whole if recipe.activations == "kept" else whole // layers
     lower = 0 if dtype == torch.float32 else at_once * dtype.itemsize
     vocabulary = model.get_output_embeddings().weight.shape[0]
     logits = tokens * vocabulary

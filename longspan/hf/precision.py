@@ -51,14 +51,22 @@ def reading_dtype(asked: str | None, config: PretrainedConfig, device: torch.dev
     return getattr(torch, asked)
 
 
-def training_dtype(config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """Return the dtype of weights that are not trained: bfloat16 where they are saved so and multiplied so.
+def training_dtype(config: PretrainedConfig, computed: torch.dtype) -> torch.dtype:
+    """Return the dtype to hold weights in that are not trained: bfloat16 where they are saved so and computed in so.
 
-    Nothing is lost by it, and half of their memory saved. Weights of float16 are read into float32: what is computed
-    in bfloat16 may be too large for them.
+    Nothing is lost by it, and half of their memory saved. Weights of float16 are read into float32: bfloat16 would
+    round them.
+
+    Args:
+        config: of the model.
+        computed: the dtype that training multiplies in.
+
+    Example:
+        >>> training_dtype(PretrainedConfig(dtype="float16"), torch.bfloat16)
+        torch.float32
     """
-    low = saved_dtype(config) == torch.bfloat16 and bfloat16_is_fast(device.type == "cpu")
-    return torch.bfloat16 if low else torch.float32
+    both = saved_dtype(config) == computed == torch.bfloat16
+    return torch.bfloat16 if both else torch.float32
 
 
 def bfloat16_is_fast(on_cpu: bool) -> bool:
