@@ -181,6 +181,8 @@ def test_advice_says_what_windows_of_the_model_hide():
         "the model's own, of 4,096 tokens, show a token 8,191 of 16,384 through"
     )
     assert rows["pattern"].startswith('"Causal()": every layer reads through a window of its own')
+    said = Forecast(config, Recipe(length=16384), machine()).lines()
+    assert said[2:3] == [f"windows: {rows['windows']}"]
     assert "windows" not in dict(advice(config, Recipe(length=8191), machine()))
     half = Gemma2Config(**MIDDLING.to_dict() | {"sliding_window": 4096})
     rows = dict(advice(half, Recipe(length=16384, window=16384), machine()))

@@ -201,16 +201,19 @@ class Forecast:
             f"{size(memory.moments + memory.gradients)}, activations {size(memory.activations)}, workspace "
             f"{size(memory.workspace)}; {size(self.machine.memory)} are there",
         ]
+        hidden = _hidden(self.config, recipe.length)
+        if hidden:
+            lines.append(f"windows: {hidden}")
         if process is None:
-            return [
-                *lines,
-                "not counted: what libraries and kernels hold on the device, and freed memory in pieces",
-            ]
-        return [
-            *lines,
-            f"with {size(process)} of libraries and text in this process {size(process + memory.total)}; not counted: "
-            "what libraries keep for each new shape, and freed memory that the allocator holds",
-        ]
+            lines.append(
+                "not counted: what libraries and kernels hold on the device, and freed memory in pieces"
+            )
+        else:
+            lines.append(
+                f"with {size(process)} of libraries and text in this process {size(process + memory.total)}; not "
+                "counted: what libraries keep for each new shape, and freed memory that the allocator holds"
+            )
+        return lines
 
     def require(self) -> None:
         """Refuse a recipe that does not fit, and name what would.
