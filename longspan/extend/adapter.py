@@ -131,6 +131,9 @@ def _quantize(model: PreTrainedModel) -> None:
             )
             small.weight = Params4bit(module.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
             small.bias = module.bias
+            # Read once without gradients, it would order its weights anew for bfloat16 instructions of a CPU: rounded
+            # again, of some sizes only, and from then on without a gradient for what comes before it.
+            small.support_avx512bf16_for_cpu = False
             model.set_submodule(name, small.to(device))
     # This is how peft tells that its matrices stand beside weights of 4 bits.
     model.is_loaded_in_4bit = True
