@@ -1,18 +1,28 @@
-"""The adapter for lm-eval: by it, lm-eval's own tasks run with patterns. Without lm-eval, how it is refused."""
+"""The adapter for lm-eval: by it, lm-eval's own tasks run with patterns, without a network. How it is refused without lm-eval."""
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import byte_tokenizer, llama
 
 from longspan.evaluate import harness
+from longspan.hf import load_model, set_pattern
+from longspan.pattern import Streaming
 
-needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+import nltk
+import wonderwords
+from lm_eval.tasks import TaskManager
+
+# Tokens of an answer.
+WRITTEN = 12
+TASKS = Path(lm_eval.__file__).parent / "tasks"
 
 
 def test_without_the_package_it_says_what_to_install(monkeypatch, capsys):
@@ -35,13 +45,31 @@ def folder(tmp_path):
     return str(tmp_path / "tiny")
 
 
-@needs_harness
-@pytest.mark.filterwarnings("ignore")
-def test_a_local_task_runs_with_a_pattern(folder, tmp_path):
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+@pytest.fixture
+def measured(folder):
+    """Return a function that runs one task of a folder of tasks and returns what lm-eval found."""
 
-    harness.register()
+    def measured(task, tasks, *, metadata=None, limit=None, **arguments):
+        harness.register()
+        given = {"pretrained": folder, **arguments}
+        return lm_eval.simple_evaluate(
+            model="longspan",
+            model_args=given,
+            tasks=[task],
+            task_manager=TaskManager(
+                include_path=str(tasks), include_defaults=False, metadata=given | (metadata or {})
+            ),
+            device="cpu",
+            batch_size=1,
+            limit=limit,
+            gen_kwargs={"max_gen_toks": WRITTEN},
+            bootstrap_iters=0,
+        )
+
+    return measured
+
+
+def test_a_local_task_runs_with_a_pattern(measured, tmp_path):
     lines = [json.dumps({"text": "Some text to read. " * number}) for number in (3, 9)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     (tmp_path / "tasks").mkdir()
@@ -51,27 +79,66 @@ def test_a_local_task_runs_with_a_pattern(folder, tmp_path):
         "metric_list:\n  - metric: byte_perplexity\n    higher_is_better: false\n"
     )
 
-    tasks_here = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-
-    def measured(**arguments):
-        found = simple_evaluate(
-            model="longspan",
-            model_args={"pretrained": folder, **arguments},
-            tasks=["local"],
-            task_manager=tasks_here,
-            device="cpu",
-            batch_size=2,
-            bootstrap_iters=0,
-        )
+    def perplexity(**arguments):
+        found = measured("local", tmp_path / "tasks", **arguments)
         return found["results"]["local"]["byte_perplexity,none"]
 
-    dense = measured()
-    assert measured(pattern="Causal()") == pytest.approx(dense, rel=1e-5)
-    assert measured(pattern="SlidingWindow(4)") != pytest.approx(dense, rel=1e-3)
+    dense = perplexity()
+    assert perplexity(pattern="Causal()") == pytest.approx(dense, rel=1e-5)
+    assert perplexity(pattern="SlidingWindow(4)") != pytest.approx(dense, rel=1e-3)
 
 
-@needs_harness
-@pytest.mark.filterwarnings("ignore")
+def written(folder, prompt):
+    """Return what the model writes after a prompt that it reads by a pattern, asked without lm-eval."""
+    model, tokenizer = load_model(folder)
+    set_pattern(model, Streaming(12, sinks=4))
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    found = model.generate(ids, max_new_tokens=WRITTEN, do_sample=False)
+    return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_task_of_ruler_is_asked_at_the_length_named_and_answered_by_the_pattern(
+    folder, measured, monkeypatch
+):
+    # What splits essays would be fetched; this task has none. All pairs of words take a gigabyte and half a minute.
+    monkeypatch.setattr(nltk, "download", lambda name: True)
+    words = {"nouns": ["king", "tale"], "adjectives": ["old", "long"], "verbs": ["read"]}
+    monkeypatch.setattr(wonderwords, "RandomWord", lambda: SimpleNamespace(_categories=words))
+    found = measured(
+        "niah_single_1",
+        TASKS / "ruler",
+        metadata={"max_seq_lengths": [640]},
+        pattern="Streaming(12, sinks=4)",
+        max_length=1024,
+        limit=1,
+    )
+    assert found["results"]["niah_single_1"]["640,none"] == 0
+    [sample] = found["samples"]["niah_single_1"]
+    prompt = sample["arguments"][0][0]
+    # No letter of it is cut off, so that the needle is there.
+    assert len(prompt) <= 640 and sample["doc"]["outputs"][0] in prompt
+    assert sample["resps"] == [[written(folder, prompt)]]
+
+
+# The package that compares texts asks for a faster one.
+@pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher:UserWarning")
+def test_a_task_of_longbench_runs_on_data_of_its_form(folder, measured, tmp_path):
+    line = {"context": "A tale of a king. " * 40, "question": "Who is it about?", "answers": ["a king"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(line))
+    (tmp_path / "tasks").mkdir()
+    # Everything but where the data lies is the task's own.
+    (tmp_path / "tasks" / "local.yaml").write_text(
+        f"include: {TASKS}/longbench/qasper.yaml\ntag: null\ntask: local\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs:\n  data_files: {tmp_path}/data.jsonl\ntest_split: train\n"
+    )
+    found = measured("local", tmp_path / "tasks", pattern="Streaming(12, sinks=4)", max_length=2048)
+    assert found["results"]["local"]["score,none"] == 0
+    [sample] = found["samples"]["local"]
+    prompt = sample["arguments"][0][0]
+    assert line["context"] in prompt
+    assert sample["resps"] == [[written(folder, prompt)]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
@@ -86,8 +153,6 @@ def test_bad_arguments_get_a_message(folder, arguments, problem):
         harness.register()(**({"pretrained": folder} | arguments))
 
 
-@needs_harness
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("device", [None, "cuda", "cuda:0"])
 def test_the_device_that_nobody_asked_for_is_one_that_is_there(folder, device):
     there = "cuda" if torch.cuda.is_available() else "cpu"

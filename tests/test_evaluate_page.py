@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -26,7 +27,7 @@ from longspan.pattern import Causal, SlidingWindow
 
 LENGTHS, DEPTHS = (512, 1024, 4096), (0.0, 1.0)
 CONFIG = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, head_dim=64, hidden_size=256)
-VOID = {"meta", "br"}
+VOID = {"meta", "wbr"}
 
 
 def evaluation(label, perplexities, shares, *measures):
@@ -149,6 +150,47 @@ def test_a_page_has_all_there_is_to_show():
         "2.13" if FULL.versions["torch"].startswith("2.13") else FULL.versions["torch"],
     ):
         assert text in page, text
+
+
+def test_results_come_first_and_what_was_measured_last():
+    shown = markdown(FULL)
+    summary, rest = shown.split("## Perplexity by context length")
+    assert (
+        "| model | perplexity at 512 | perplexity at 4,096 | passkeys at 512 | passkeys at 4,096 | effective length | "
+        "context |\n" in summary
+    )
+    assert "| after | 3.50 | 3.00 | 100% | 94% | 4,096 | 512 |\n" in summary
+    assert "parameters" not in summary
+    last = rest.split("## How this was measured")[1]
+    assert "| model | from | parameters | tokens read | seconds |\n" in last
+    assert "| after | runs/after | 1,000 | 180,000 | 12 |\n" in last
+
+
+def test_the_best_is_the_least_where_less_is_better():
+    """Memory, keys and values kept, and time for a token written; tokens read per second are best at the most."""
+    first, second = FULL.evaluations
+    small = replace(
+        second.speed, reading=(0.05,) * 3, writing=(0.005,) * 3, cache=(10**5,) * 3, peak=(10**9,) * 3
+    )
+    large = replace(first.speed, peak=(2 * 10**9,) * 3)
+    shown = markdown(
+        replace(FULL, evaluations=(replace(first, speed=large), replace(second, speed=small)))
+    ).split("## Speed and memory")[1]
+    rows = re.findall(r"^\| (?:a .*|after) \|.*$", shown, flags=re.MULTILINE)[:8]
+    assert [("after" in row, "**" in row) for row in rows] == [(False, False), (True, True)] * 4
+    assert rows[-1] == "| after | **1.0 GB** | **1.0 GB** | **1.0 GB** |"
+
+
+def test_names_are_broken_at_their_joints_only():
+    named = replace(FULL.evaluations[0], label="some/long_name-of-1B", source="out/long_name")
+    page = html(replace(FULL, evaluations=(named, *FULL.evaluations[1:])))
+    shown = "some/<wbr>long_<wbr>name-of-1B"
+    for place in ("<h1>{}", '<th scope="row">{}</th>', "</svg>{}</li>", "<figcaption>{}: % found"):
+        assert place.format(shown) in page
+    assert '<th scope="row">out/<wbr>long_<wbr>name</th>' in page
+    assert "<title>some/long_name-of-1B and after" in page
+    # A browser takes this for leave to break a word anywhere, and makes columns one letter wide.
+    assert not re.search(r"\bth[^{]*\{[^}]*anywhere", page)
 
 
 def test_markdown_has_the_same_tables_and_characters_for_pictures(tmp_path):

@@ -19,8 +19,6 @@ from transformers import (
     AutoTokenizer,
     GraniteConfig,
     GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from longspan.errors import InputError
@@ -30,7 +28,6 @@ from longspan.extend.recipe import Recipe
 from longspan.extend.training import train
 from longspan.extend.windows import TrainingWindows
 from longspan.hf import precision
-from longspan.hf.model import load_model
 from longspan.pattern import Causal, parse
 from longspan.text.corpus import Corpus
 
@@ -192,44 +189,6 @@ def test_what_is_trained(method):
     assert all(any(part in name for part in TRAINED[method]) for name in trained)
     assert trained == whole if method == "full" else not any("mlp" in name for name in trained)
     assert {name for name, weights in merge(model).named_parameters()} == whole
-
-
-def wide(folder: Path, **options) -> str:
-    """Save a tiny model whose matrices are whole blocks of 64, as weights of 4 bits want them."""
-    torch.manual_seed(0)
-    keys = llama(positions=64).config.to_dict() | {"hidden_size": 64, "intermediate_size": 64}
-    LlamaForCausalLM(LlamaConfig(**keys | {"head_dim": 16} | options)).save_pretrained(folder)
-    byte_tokenizer(opening=True).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_qlora_trains_beside_weights_of_4_bits_and_leaves_none(text, tmp_path):
-    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    source = wide(tmp_path / "wide")
-    model, _ = load_model(source, bits=4)
-    small = {name for name, weights in model.named_parameters() if weights.dtype == torch.uint8}
-    assert len(small) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in small)
-    folder = extension.extend(recipe(source, text, method="qlora", rate=1e-2), tmp_path / "out")
-    before, after = (load_file(Path(place) / "model.safetensors") for place in (source, folder))
-    # What was trained was added to the weights as they had been read at first, not to those of 4 bits.
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed and all("self_attn" in name for name in changed)
-    assert all(after[name].dtype == before[name].dtype for name in before)
-
-
-def test_rows_that_are_no_whole_blocks_are_refused_before_anything_is_written(text, tmp_path, monkeypatch):
-    monkeypatch.setattr(adapter, "find_spec", lambda name: True)
-    source = wide(tmp_path / "odd", intermediate_size=80)
-    with pytest.raises(InputError) as refused:
-        extension.extend(recipe(source, text, method="qlora"), tmp_path / "out")
-    assert str(refused.value).splitlines() == [
-        "The weights of this model cannot be held in 4 bits on the CPU.",
-        "  asked  method qlora",
-        "  why    rows of model.layers.0.mlp.down_proj have 80 numbers, which are no whole blocks of 64",
-        "  try    --method lora, or a CUDA device",
-    ]
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_of_another_kind_is_refused_before_anything_is_written(text, tmp_path):

@@ -101,28 +101,25 @@ def outline(report: Report) -> tuple[Section, ...]:
 
 
 def _summary(report: Report) -> Section:
+    """Return what was found at the shortest and the longest length: results alone, so that they come first on a phone."""
     first = report.evaluations[0]
-    shortest, longest = first.lengths[0], first.lengths[-1]
-    columns: list[tuple[str, Callable[[Evaluation], str]]] = [
-        ("parameters", lambda evaluation: f"{evaluation.parameters:,}"),
-        (
-            "context",
-            lambda evaluation: "not stated" if evaluation.context is None else f"{evaluation.context:,}",
-        ),
-    ]
-    for place, length in {0: shortest, -1: longest}.items() if shortest != longest else {0: shortest}.items():
-        if first.perplexity is not None:
-            columns.append(
-                (f"perplexity at {length:,}", lambda e, at=place: figure(e.perplexity.values[at])),
-            )
-        if first.passkey is not None:
-            columns.append((f"passkeys at {length:,}", lambda e, at=place: f"{e.passkey.by_length[at]:.0%}"))
+    ends = {0: first.lengths[0], -1: first.lengths[-1]} if len(first.lengths) > 1 else {0: first.lengths[0]}
+    columns: list[tuple[str, Callable[[Evaluation], str]]] = []
+    if first.perplexity is not None:
+        columns += [
+            (f"perplexity at {length:,}", lambda e, at=place: figure(e.perplexity.values[at]))
+            for place, length in ends.items()
+        ]
+    if first.passkey is not None:
+        columns += [
+            (f"passkeys at {length:,}", lambda e, at=place: f"{e.passkey.by_length[at]:.0%}")
+            for place, length in ends.items()
+        ]
     if first.tasks:
         columns.append(("effective length", reach))
-    columns.append(("from", lambda evaluation: evaluation.source))
+    columns.append(("context", lambda e: "not stated" if e.context is None else f"{e.context:,}"))
     rows = tuple((e.label, *(write(e) for _, write in columns)) for e in report.evaluations)
-    grid = Grid(("model", *(title for title, _ in columns)), rows)
-    return Section("Summary", (grid,))
+    return Section("Summary", (Grid(("model", *(title for title, _ in columns)), rows),))
 
 
 def _perplexity(report: Report) -> Section:
@@ -255,7 +252,7 @@ def _speed(report: Report) -> Section:
             "Keys and values kept:",
             _grid(report, kept, size, least=True),
             "Memory in use at most:",
-            _grid(report, [speed.peak for speed in found], size),
+            _grid(report, [speed.peak for speed in found], size, least=True),
         ),
     )
 
@@ -277,15 +274,19 @@ def _repeat(report: Report) -> Section:
         facts.append(("attention", report.pattern))
     if report.protocol is not None:
         facts.append(("measured", ", ".join(report.protocol.measures)))
-    facts += [
-        (evaluation.label, f"{evaluation.tokens:,} tokens read in {evaluation.seconds:,.0f} seconds")
-        for evaluation in report.evaluations
-    ]
     if report.day is not None:
         facts.append(("on", report.day))
     facts += [(package, number or "not installed") for package, number in report.versions.items()]
     command: tuple[Part, ...] = () if report.command is None else (Code(report.command),)
-    return Section("How this was measured", (*command, Grid(("what", "which"), tuple(facts))))
+    models = Grid(
+        ("model", "from", "parameters", "tokens read", "seconds"),
+        tuple(
+            (e.label, e.source, f"{e.parameters:,}", f"{e.tokens:,}", f"{e.seconds:,.0f}")
+            for e in report.evaluations
+        ),
+        names=2,
+    )
+    return Section("How this was measured", (*command, models, Grid(("what", "which"), tuple(facts))))
 
 
 def _legend(report: Report) -> Legend:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from html import escape
 from pathlib import Path
 
@@ -28,7 +29,7 @@ th,td{padding:.3rem .8rem .3rem 0;border-bottom:1px solid var(--rule);text-align
  overflow-wrap:normal}
 th{font-weight:600;color:var(--faint)}
 th[scope=row],.name{text-align:left;color:var(--ink)}
-th[scope=row]{min-width:8rem;overflow-wrap:anywhere}
+th[scope=row]{min-width:6rem}
 td{min-width:4.2rem;white-space:nowrap}
 table.words th,table.words td{text-align:left}
 table.words td{overflow-wrap:anywhere;white-space:normal}
@@ -69,7 +70,7 @@ def html(report: Report) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+        f"<title>{title}</title>\n<style>{style}</style>\n</head>\n<body>\n<h1>{_broken(headline(report))}</h1>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -94,19 +95,25 @@ def _hues(colours: tuple[str, ...]) -> str:
     return "".join(f"--m{number}:{colour};" for number, colour in enumerate(colours))
 
 
+def _broken(text: str) -> str:
+    """Return a text whose names, of models and of folders, go on in a new line after a joint, never within a word."""
+    # After hyphens lines are broken anyway.
+    return re.sub(r"(?<=[/_])(?=\w)", "<wbr>", escape(text))
+
+
 def _element(part: Part) -> str:
     if isinstance(part, str):
         return f"<p>{escape(part)}</p>"
     if isinstance(part, Code):
         return f"<pre>{escape(part.text)}</pre>"
     if isinstance(part, Legend):
-        keys = [f"<li>{plot.mark(number)}{escape(label)}</li>" for number, label in enumerate(part.labels)]
-        keys += [f"<li>{plot.shade()}{escape(part.shade)}</li>"] if part.shade else []
+        keys = [f"<li>{plot.mark(number)}{_broken(label)}</li>" for number, label in enumerate(part.labels)]
+        keys += [f"<li>{plot.shade()}{_broken(part.shade)}</li>"] if part.shade else []
         return f'<ul class="legend">{"".join(keys)}</ul>'
     if isinstance(part, Grid):
         return _table(part)
     figures = "".join(
-        f"<figure><figcaption>{escape(drawing.title)}</figcaption>{drawing.svg}</figure>" for drawing in part
+        f"<figure><figcaption>{_broken(drawing.title)}</figcaption>{drawing.svg}</figure>" for drawing in part
     )
     return f'<div class="drawings">{figures}</div>'
 
@@ -120,7 +127,7 @@ def _table(grid: Grid) -> str:
     for row, cells in enumerate(grid.rows):
         shown = []
         for column, cell in enumerate(cells):
-            text = f"<strong>{escape(cell)}</strong>" if (row, column) in grid.best else escape(cell)
+            text = f"<strong>{_broken(cell)}</strong>" if (row, column) in grid.best else _broken(cell)
             shown.append(f'<th scope="row">{text}</th>' if column < grid.names else f"<td>{text}</td>")
         rows.append(f"<tr>{''.join(shown)}</tr>")
     kind = ' class="words"' if len(grid.columns) == 2 else ""

@@ -128,7 +128,8 @@ def load_model(
             )
         )
     # Weights of 4 bits were put there as they were read, and are not moved again.
-    return (model if bits else model.to(device)).eval(), tokenizer
+    model = quantized.settled(model) if bits else model.to(device)
+    return model.eval(), tokenizer
 
 
 def check_tokens(model: PreTrainedModel, ids: np.ndarray) -> None:
@@ -158,7 +159,6 @@ def _check_room(
     with torch.device("meta"), quiet():
         empty = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if bits:
-        quantized.check(empty, device)
         needed = quantized.needed(empty)
     else:
         needed = sum(weight.numel() * weight.element_size() for weight in empty.parameters())

@@ -1,18 +1,13 @@
-"""Weights of 4 bits: how transformers is told to make them as it reads, and what they cannot be made of."""
+"""Weights of 4 bits: how transformers is told to make them as it reads, and what they take."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from longspan.errors import InputError, message
-
 BITS = 4
-# Numbers that share a scale.
-BLOCK = 64
 
 
 def as_read(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -26,36 +21,20 @@ def as_read(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": small, "device_map": {"": device}}
 
 
+def settled(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model whose weights of 4 bits stay as they were read.
+
+    Read once without gradients, they would be ordered anew for bfloat16 instructions of a CPU: rounded again, of some
+    sizes only, and from then on without a gradient for what comes before them.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def needed(model: PreTrainedModel) -> int:
     """Return the bytes of a model's weights when they have been read so; the model may be an empty one."""
-    parts = {
-        id(part.weight): part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())
-    }
-    whole = sum(weight.numel() for weight in parts.values())
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    whole = sum(weight.numel() for weight in {id(end.weight): end.weight for end in ends}.values())
     return whole * model.dtype.itemsize + (model.num_parameters() - whole) * BITS // 8
-
-
-def check(model: PreTrainedModel, device: torch.device) -> None:
-    """Refuse what bitsandbytes could make, and would fail to multiply with.
-
-    Raises:
-        InputError: on the CPU, a matrix whose rows are no whole blocks.
-    """
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if (
-            device.type == "cpu"
-            and isinstance(module, nn.Linear)
-            and module is not head
-            and module.in_features % BLOCK
-        ):
-            raise InputError(
-                message(
-                    "The weights of this model cannot be held in 4 bits on the CPU.",
-                    {
-                        "asked": "method qlora",
-                        "why": f"rows of {name} have {module.in_features} numbers, which are no whole blocks of {BLOCK}",
-                    },
-                    fix="--method lora, or a CUDA device",
-                )
-            )
