@@ -111,9 +111,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds",
         type=float,
-        default=900,
+        default=600,
         metavar="N",
-        help="begin no table after these, and end one then (default: 900)",
+        help="begin no table after these, and end one then (default: 600)",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the tables here, as Markdown")
@@ -125,7 +125,7 @@ def _made(job: Job, seconds: float, options: argparse.Namespace, report: dict[st
     command = [sys.executable, str(SCRIPT), job.asked, "--device", options.device]
     over = threading.Event()
     with subprocess.Popen(
-        command + ["--toy"] * options.toy, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command + ["--toy"] * options.toy, stdout=subprocess.PIPE, text=True, process_group=0
     ) as process:
 
         def end() -> None:
@@ -197,4 +197,6 @@ def _section(report: dict[str, Any], table: str) -> str:
 
 
 if __name__ == "__main__":
+    # Told to end, it ends its table first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -88,12 +88,16 @@ class Bench(Meter):
         listed = partial(
             self._compiled(create_block_mask), mask, None, None, length, length, device=self.device
         )
-        # Once for the compiler, whose time is not counted anywhere.
-        listed()
-        begin = self.now()
-        own = listed()
-        planned["FlexAttention"] = {"planning_seconds": self.now() - begin}
-        ways["FlexAttention"] = partial(self._compiled(flex_attention), block_mask=own, enable_gqa=True)
+        try:
+            # Once for the compiler, whose time is not counted anywhere.
+            listed()
+            begin = self.now()
+            own = listed()
+        except Exception as error:
+            yield {"what": "FlexAttention", "length": length, "refused": self.reason(error)}
+        else:
+            planned["FlexAttention"] = {"planning_seconds": self.now() - begin}
+            ways["FlexAttention"] = partial(self._compiled(flex_attention), block_mask=own, enable_gqa=True)
         for row in self.rates(ways, pattern, length):
             yield row | planned.get(row["what"], {})
 

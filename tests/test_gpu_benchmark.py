@@ -47,6 +47,15 @@ def test_a_way_that_fails_leaves_the_others(bench: table.Bench):
     assert other["refused"].startswith("NotImplementedError: FlexAttention does not support backward")
 
 
+def test_a_mask_that_cannot_be_made_leaves_the_others(bench: table.Bench, monkeypatch: pytest.MonkeyPatch):
+    def full(*given: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(table, "create_block_mask", full)
+    other, own = bench.window()
+    assert other["refused"] == "OutOfMemoryError: CUDA out of memory." and own["tflops"] > 0
+
+
 def test_patterns_read_as_many_keys_a_token_at_every_length(bench: table.Bench):
     """What grows with the text could not show that time does not."""
     assert [row["length"] for row in bench.lengths()] == [96] * 4 + [128] * 4
