@@ -42,8 +42,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/attention.py --json out/attention.json
 
-# Tables first, then one test of each kind. What fails stops nothing, and is named at the end. Compilers warn of their own
-# doings, so warnings are no errors there. Where no network is, a Python that has torch for CUDA, pytest, pytest-timeout
+# Tables first, then one test of each kind. What fails stops nothing, and is named at the end. After a fault of the device
+# nothing runs in a process any more, so programs of our own are tested in another. Compilers warn of their own doings, so
+# warnings are no errors there. Where no network is, a Python that has torch for CUDA, pytest, pytest-timeout
 # and hypothesis will do, and nothing is installed:
 #     make gpu READY= BIN=/path/to/bin
 gpu: $(READY)
@@ -52,7 +53,8 @@ gpu: $(READY)
 	step() { name="$$1"; shift; echo "$$*"; "$$@" || failed="$$failed $$name"; }; \
 	step gpu.py $(BIN)/python benchmarks/gpu.py --json $(FIGURES)/gpu.json --table $(FIGURES)/gpu.md; \
 	step attention.py $(BIN)/python benchmarks/attention.py --device cuda --dtype bfloat16 --json $(FIGURES)/attention.cuda.json; \
-	step tests $(BIN)/python -m pytest tests -m 'cuda and brief' $(CUDA_TESTS); \
+	step tests $(BIN)/python -m pytest tests -m 'cuda and brief' -k 'not triton' $(CUDA_TESTS); \
+	step triton $(BIN)/python -m pytest tests -m 'cuda and brief' -k triton $(CUDA_TESTS); \
 	test -z "$$failed" || { echo "These failed:$$failed" >&2; exit 1; }
 
 matrix: $(READY)
