@@ -90,7 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             why = f"was not begun: {options.seconds} seconds were over"
         if why:
             failed.append(job.asked)
-            rows.append({"what": "failed", "refused": f"{job.asked} {why}"})
+            kernel = {"kernel": job.kernel} if job.kernel else {}
+            rows.append({"what": "failed", **kernel, "refused": f"{job.asked} {why}"})
         _write(report, options)
         if job.table not in {other.table for other in jobs[number + 1 :]}:
             print(_section(report, job.table), end="\n\n", flush=True)

@@ -290,7 +290,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps({"row": row}), flush=True)
     except Exception as error:
         traceback.print_exc()
-        print(json.dumps({"row": {"what": "failed", "refused": reason(error)}}), flush=True)
+        row = {"what": "failed", **dict(zip(["kernel"], kernel, strict=False)), "refused": reason(error)}
+        print(json.dumps({"row": row}), flush=True)
         # What is left to be freed on a device that has failed may fail again.
         os._exit(1)
 

@@ -220,3 +220,26 @@ def test_a_table_is_made_by_a_process_of_its_own():
     assert facts["facts"]["dtype"] == "float32" and facts["facts"]["sizes"]["longest"] == 192
     report = {**facts["facts"], "memory": [row["row"]]}
     assert [goal["reached"] for goal in decided(report)["memory"]] == [None]
+
+
+def test_a_table_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def fails(bench: table.Bench, kernel: str) -> Any:
+        yield {"what": "first"}
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(table.Bench, "errors", fails)
+    monkeypatch.setattr(table.os, "_exit", leave)
+    with pytest.raises(SystemExit, match="1"):
+        table.main(["errors:flex", "--device", "cpu", "--toy"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["row"] for line in lines[1:]] == [
+        {"what": "first"},
+        {
+            "what": "failed",
+            "kernel": "flex",
+            "refused": "RuntimeError: CUDA error: an illegal memory access was encountered",
+        },
+    ]
