@@ -185,10 +185,10 @@ def _measure(row: Row, operation: Callable[..., Tensor], device: torch.device, c
     output: list[Tensor] = []
     try:
         row.forward.append(_seconds(lambda: output.append(operation(query, key, value)), device, clock))
-    except LongspanError as error:
+        row.backward.append(_seconds(lambda: output[0].backward(seed), device, clock))
+    # What cannot be compiled, or does not fit into a device, leaves the other rows.
+    except (LongspanError, RuntimeError) as error:
         row.refused = str(error)
-        return
-    row.backward.append(_seconds(lambda: output[0].backward(seed), device, clock))
 
 
 def _seconds(action: Callable[[], object], device: torch.device, clock: str = "wall") -> float:

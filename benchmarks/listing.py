@@ -62,35 +62,25 @@ def aligned(lines: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
     ]
 
 
-def page(report: dict[str, Any], titles: dict[str, str]) -> str:
-    """Return all tables as Markdown."""
-    lines = [
-        f"{report['machine']}; {report['dtype']}, {report['sizes']['heads']} heads of width {report['sizes']['width']}, "
-        f"medians of {report['sizes']['repeats']}; the matrix product runs at {report['product_tflops']:,.3g} TFLOP/s."
-    ]
-    for name, title in titles.items():
-        rows = report.get(name)
-        if not rows:
-            continue
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            title,
-            "",
-            f"| {' | '.join(column.replace('_', ' ') for column in columns)} |",
-        ]
-        lines.append("|---" * len(columns) + "|")
-        lines += [f"| {' | '.join(_cell(row.get(column)) for column in columns)} |" for row in rows]
+def section(name: str, title: str, rows: Sequence[dict[str, Any]], verdicts: Sequence[str] = ()) -> str:
+    """Return a table as Markdown, and below it what it decides."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    lines = [f"## {name}", "", title, "", f"| {' | '.join(column.replace('_', ' ') for column in columns)} |"]
+    lines.append("|---" * len(columns) + "|")
+    for row in rows:
+        cells = (cell(row.get(column)).replace("|", "\\|") for column in columns)
+        lines.append(f"| {' | '.join(cells)} |")
+    if verdicts:
+        lines += ["", *(f"- {verdict}" for verdict in verdicts)]
     return "\n".join(lines)
 
 
-def _cell(value: Any) -> str:
+def cell(value: Any) -> str:
+    """Return what stands for a figure in a table."""
     if value is None:
         return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.3g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

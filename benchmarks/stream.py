@@ -2,7 +2,8 @@
 
 The terms whose segments fit into a chunk are one call of `attend` on every chunk. A longer term keeps the keys of its
 present segment, and only those at its dilation, which are as many for a billion tokens as for a million. Terms are merged
-by their log-sum-exps. Some queries are checked against sums in float64 over the pairs that the paper's words give.
+by their log-sum-exps. Some queries are checked against sums in float64 over the pairs that the paper's words give. Their
+budget is twice the error of the same sums in the precision of the text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from truth import EXACT, apart, dense
 
 from longspan import Causal, LongNet, attend_with_lse
 from longspan.kernel.softmax.merge import merge_into
@@ -30,7 +32,7 @@ class Reading:
         tokens: how many were read.
         seconds: of attention, making up the text not included.
         worst: largest difference of a sampled output from float64.
-        budget: the largest one that rounding inputs and output to their dtype explains.
+        budget: twice the largest one of the same sums in the dtype of the text.
         kept: keys held between chunks, at most.
     """
 
@@ -101,15 +103,22 @@ def read(
         sides = (query, key, value, output.to(query.dtype))
         picked.append(torch.stack([side[0, 0, here.to(side.device)].double().cpu() for side in sides]))
     queries, keys, values, outputs = torch.cat(picked, dim=1)
-    worst = largest = 0.0
+    worst = plain = band = 0.0
     for q, read_keys in wanted.items():
         own, rows = (torch.searchsorted(places, torch.tensor(asked)) for asked in (q, read_keys))
-        truth = _exact(queries[own], keys[rows], values[rows])
-        worst = max(worst, float((outputs[own] - truth).abs().max()))
-        largest = max(largest, float(truth.abs().max()))
-    # Inputs are exact; weights and output are rounded once each in the dtype of the text.
-    budget = 4 * torch.finfo(query.dtype).eps * max(1.0, largest)
+        sides = (queries[own], keys[rows], values[rows])
+        truth, lse = _sums(*sides)
+        worst = max(worst, apart(outputs[own], truth))
+        plain = max(plain, apart(_sums(*(side.to(query.device, query.dtype) for side in sides))[0], truth))
+        # Terms are merged by their log-sum-exps, which float32 rounds.
+        band = max(band, float((1 + lse.abs()) * truth.abs().max()) * torch.finfo(torch.float32).eps)
+    budget = EXACT if query.dtype == torch.float64 else 2 * plain + band
     return Reading(tokens, seconds, worst, budget, kept)
+
+
+def telling(tokens: int, dilations: Sequence[int]) -> list[int]:
+    """Return positions that say most: both ends, and for each term the last one that it and all shorter ones keep."""
+    return [0, tokens - 1, *(tokens - dilation for dilation in dilations)]
 
 
 class _Long:
@@ -151,9 +160,11 @@ def _read_by(q: int, segments: Sequence[int], dilations: Sequence[int]) -> list[
     return keys
 
 
-def _exact(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    weights = torch.softmax(keys @ query / math.sqrt(len(query)), dim=0)
-    return weights @ values
+def _sums(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what one query reads of keys and values `[keys, width]`, and its log-sum-exp, in their precision."""
+    once = torch.ones(1, 1, len(keys))
+    output, lse = dense(query[None, None, None], keys[None, None], values[None, None], once)
+    return output[0, 0, 0], lse[0, 0, 0]
 
 
 def _wait(side: Tensor) -> None:

@@ -1,4 +1,8 @@
-"""What holds for every test: memory that was not written is NaN, and examples are the same on every run."""
+"""What holds for every test: memory that was not written is NaN, and examples are the same on every run.
+
+Tests that need a CUDA device are marked `cuda` when they are collected, and those of them that look once at each kernel and
+each family of patterns `brief`, too.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,9 @@ if shutil.which("nvidia-smi") is None:
 
 import torch
 
-from longspan import cli
+# What a test says that is skipped where there is no device, and the files whose tests are few.
+NO_DEVICE = "no CUDA device on this machine"
+BRIEF = ("test_cuda.py", "test_kernel_triton.py", "test_hf_compile.py")
 
 settings.register_profile(
     "fixed",
@@ -28,6 +34,24 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("fixed"), derandomize=False, max_examples=2000)
 settings.load_profile("fixed")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in marks(item):
+            item.add_marker(name)
+
+
+def marks(item: pytest.Item) -> list[str]:
+    """Return the markers of a test: what it says of itself decides, so that a new test has them by existing."""
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    skipped = any(mark.kwargs.get("reason") == NO_DEVICE for mark in item.iter_markers("skipif"))
+    # Its programs run on the device that there is.
+    own = item.path.name == "test_kernel_triton.py"
+    if not (skipped or own or given.get("device") == "cuda"):
+        return []
+    return ["cuda", "brief"] if item.path.name in BRIEF or not given else ["cuda"]
 
 
 def _spoiled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -52,7 +76,7 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device on this machine")
+        pytest.skip(NO_DEVICE)
     return torch.device(request.param)
 
 
@@ -61,6 +85,8 @@ def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs the command line: exit code, output, errors."""
+    # What the command line is made of need not be there where it is not run.
+    from longspan import cli
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["longspan", *map(str, arguments)])

@@ -42,11 +42,15 @@ def test_every_pattern_is_measured(
     assert len(capsys.readouterr().out.splitlines()) == 4 + len(rows)
 
 
+@pytest.mark.parametrize("kind", [PlanError, torch.OutOfMemoryError])
 def test_what_no_kernel_can_run_is_said(
-    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: dict[str, Any],
+    kind: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     def attend(*tensors: object, pattern: object) -> None:
-        raise PlanError("No kernel can run this pattern on these tensors.")
+        raise kind("No kernel can run this pattern on these tensors.")
 
     monkeypatch.setitem(script, "attend", attend)
     script["main"](["--lengths", "16", *SMALL])
