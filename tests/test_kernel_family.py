@@ -145,7 +145,7 @@ Plan
   layout     contiguous
   computed   40,632,320, 1.25 times the pairs
   flops      8,322,023,424 forward
-  workspace  3.6 kB of lists
+  workspace  4.1 kB of lists
   kernel     flex
   refused    native: runs on cpu, got cuda
   refused    sdpa: runs on cpu, got cuda

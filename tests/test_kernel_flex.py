@@ -77,6 +77,9 @@ def blockwise(
     partly = listed(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
     fully = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
     assert not (partly & fully).any()
+    # The kernels of PyTorch 2.11 find the full blocks by the strides of the partial ones.
+    assert block_mask.kv_indices.stride() == block_mask.full_kv_indices.stride()
+    assert block_mask.q_indices.stride() == block_mask.full_q_indices.stride()
     # What backward reads is the same, column by column.
     assert torch.equal(partly.mT, listed(block_mask.q_num_blocks, block_mask.q_indices, rows))
     assert torch.equal(fully.mT, listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, rows))
@@ -309,6 +312,14 @@ def test_cuda_queries_stand_where_they_are_said_to(named: str, pattern: Pattern)
 def test_cuda_shares_key_heads(pattern: Pattern, heads: tuple[int, int]):
     given = tensors(300, 300, torch.float32, torch.device("cuda"), heads=heads[0], key_heads=heads[1])
     check(pattern, given, "flex")
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(512), Causal(), Streaming(512)], ids=str)
+@pytest.mark.parametrize("length", [1024, 1500, 3072])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_finds_the_full_blocks_beside_the_partial_ones(length: int, pattern: Pattern):
+    """Shorter texts have lists of one width, whose strides are the same whatever is done."""
+    check(pattern, tensors(length, length, torch.float32, torch.device("cuda")), "flex")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
