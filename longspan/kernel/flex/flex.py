@@ -89,15 +89,16 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp; gradients flow through both."""
     keys = range(key.shape[2])
-    pairs = partial(_attend, pattern=pattern, queries=queries, keys=keys)
-    output, lse = contained(
-        query,
-        key,
-        value,
-        partial(pairs, scale=scale, limit=changes.limit, slopes=changes.slopes),
-        pairs,
-        partial(_attend, pattern=pattern.T, queries=keys, keys=queries),
+    act = partial(
+        _attend,
+        pattern=pattern,
+        queries=queries,
+        keys=keys,
+        scale=scale,
+        limit=changes.limit,
+        slopes=changes.slopes,
     )
+    output, lse = contained(query, key, value, act)
     if changes.sinks is None:
         return output, lse
     # A sink is a part of its own: a key that all queries read, of value 0.
@@ -113,12 +114,15 @@ def _attend(
     pattern: Pattern,
     queries: range,
     keys: range,
-    scale: float = 1.0,
-    limit: float | None = None,
-    slopes: tuple[float, ...] | None = None,
+    scale: float,
+    limit: float | None,
+    slopes: tuple[float, ...] | None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over all groups of heads; nothing is read where `gate` is false."""
+    """Return output and log-sum-exp over all groups of heads.
+
+    With a `gate`, slopes count as 0, and nothing is read where it is false.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
     made, order = [], []
     for group in groups(pattern, query.shape[1], queries, keys, query.device):
@@ -251,6 +255,8 @@ def _flex(
     if gate is not None:
         # Numbers of blocks stand before the blocks themselves.
         listed = tuple(part * gate.to(part.dtype) if at % 2 == 0 else part for at, part in enumerate(listed))
+        # What is compiled takes slopes still, and far pairs would weigh nothing by them.
+        slopes = None if slopes is None else torch.zeros_like(slopes)
     family = replace(call.family, limit=limit, sloped=slopes is not None)
     given = (query, key, value, listed, call.numbers, origins, call.tables, slopes)
     if query.device.type in DEFINED:
