@@ -35,6 +35,8 @@ NARROWEST = 16
 # Devices on which FlexAttention runs its definition.
 DEFINED = ("cpu",)
 CUDA_DTYPES = ("float32", "bfloat16", "float16")
+# Compiled kernels find the rows of a head by numbers of 32 bits.
+FARTHEST = 2**31 - 1
 
 
 def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, asked: bool) -> str | None:
@@ -52,7 +54,7 @@ def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, ask
     elif query.device.type != "cuda":
         return f"runs on cuda, and forward on cpu, got {query.device}"
     else:
-        why = dtype_refusal(str(query.dtype).removeprefix("torch."))
+        why = dtype_refusal(str(query.dtype).removeprefix("torch.")) or _span_refusal(*tensors)
         if why:
             return why
     return _unknown(pattern, query.shape[1])
@@ -61,6 +63,26 @@ def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, ask
 def dtype_refusal(dtype: str) -> str | None:
     """Say why this kernel cannot take a dtype on cuda, or None where it can."""
     return None if dtype in CUDA_DTYPES else f"takes {' or '.join(CUDA_DTYPES)} on cuda, got {dtype}"
+
+
+def _span_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Say why this kernel cannot take tensors that lie so on cuda, or None where it can.
+
+    The output and its gradient lie as the query does.
+    """
+    output = query.stride(2) * value.shape[3] // max(1, query.shape[3])
+    spans = {
+        "queries": query.shape[2] * max(query.stride(2), output),
+        "keys": key.shape[2] * key.stride(2),
+        "values": value.shape[2] * value.stride(2),
+    }
+    name = max(spans, key=spans.__getitem__)
+    if spans[name] <= FARTHEST:
+        return None
+    return (
+        f"takes heads whose {name} lie within {FARTHEST:,} numbers, got {spans[name]:,}; .contiguous() lays those of "
+        "a head side by side, and the kernels flash and triton have no such limit"
+    )
 
 
 @torch.compiler.disable
