@@ -158,6 +158,18 @@ def test_what_is_no_number_stays_with_what_reads_it(
         torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
 
 
+def test_values_without_numbers_leave_what_is_no_number_where_it_is(small: None, stand_in: None):
+    query, key, value = tensors(31, 31, torch.float64, torch.device("cpu"))
+    key[1, 0, 12] = math.nan
+    given = [query, key, value[..., :0]]
+    got, truth = (
+        kernel.attend(*given, SlidingWindow(7), queries=range(31), scale=0.3, changes=PLAIN)
+        for kernel in (flex, reference)
+    )
+    for one, right in zip(got, truth, strict=True):
+        torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
+
+
 def laid_out(side: torch.Tensor, how: str) -> torch.Tensor:
     """Return a tensor of the same numbers that lies otherwise in memory."""
     if how == "heads outside":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Output and log-sum-exp of query, key and value. With a number `gate`, for marks: scores are not changed by how far
@@ -51,6 +52,10 @@ def contained(query: Tensor, key: Tensor, value: Tensor, act: Attention) -> tupl
         query, key, value: tensors.
         act: the kernel.
     """
+    if not value.shape[-1]:
+        # A row without a number could not be marked.
+        output, lse = contained(query, key, F.pad(value, (0, 1)), act)
+        return output[..., :0], lse
     # Numbers that stand for several rows could not be cleared for one of them.
     query, key, value = (side.contiguous() if 0 in side.stride() else side for side in (query, key, value))
     record = _Record(act, tuple(_alike(side, "meta") for side in (query, key, value)), capturing(query))
