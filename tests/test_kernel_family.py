@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,6 +131,40 @@ def test_a_formula_that_no_kernel_can_be_made_of():
     )
 
 
+def on_cuda(*sides: torch.Tensor) -> list[Any]:
+    """Return what a kernel is asked about tensors on cuda, which need not be there."""
+    return [
+        SimpleNamespace(device=torch.device("cuda"), dtype=side.dtype, shape=side.shape, stride=side.stride)
+        for side in sides
+    ]
+
+
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_rows_that_lie_too_far_apart_for_32_bits(side: int):
+    """A long text with many heads inside; laid out head by head it is taken."""
+
+    def why(*given: torch.Tensor) -> str | None:
+        return flex.refusal(on_cuda(*given), Causal(), PLAIN, asked=False)
+
+    near = [torch.empty(1, 32, 524_288, 128, device="meta", dtype=torch.bfloat16) for _ in range(3)]
+    far = list(near)
+    far[side] = torch.empty(1, 524_288, 32, 128, device="meta", dtype=torch.bfloat16).transpose(1, 2)
+    assert why(*near) is None
+    assert why(*(part[:, :, :524_287] for part in far)) is None
+    assert why(*far) == (
+        f"takes heads whose {('queries', 'keys', 'values')[side]} lie within 2,147,483,647 numbers, got 2,147,483,648; "
+        ".contiguous() lays those of a head side by side, and the kernels flash and triton have no such limit"
+    )
+
+
+def test_outputs_lie_as_queries_do():
+    """Of wide values the output is wider than the query, and its rows lie farther apart."""
+    query = torch.empty(1, 262_144, 32, 128, device="meta").transpose(1, 2)
+    value = torch.empty(1, 32, 262_144, 256, device="meta")
+    assert flex.refusal(on_cuda(query, query, query), Causal(), PLAIN, asked=False) is None
+    assert "queries lie within" in flex.refusal(on_cuda(query, query, value), Causal(), PLAIN, asked=False)
+
+
 def test_the_plan_of_cuda():
     made = plan(SlidingWindow(512), length=8192, heads=8, dtype="bfloat16", device="cuda", kernel="flex")
     assert (
@@ -145,7 +180,7 @@ Plan
   layout     contiguous
   computed   40,632,320, 1.25 times the pairs
   flops      8,322,023,424 forward
-  workspace  3.6 kB of lists
+  workspace  4.1 kB of lists
   kernel     flex
   refused    native: runs on cpu, got cuda
   refused    sdpa: runs on cpu, got cuda

@@ -14,7 +14,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from flex_stand_in import blockwise
 from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan import attend, attend_with_lse
@@ -48,59 +50,6 @@ FEW = [
     Documents((20, 11)) & Causal(),
     PerHead([SlidingWindow(9), Causal(), Nothing(), LongNet((4, 16), (1, 2))]),
 ]
-
-
-def listed(number: torch.Tensor, which: torch.Tensor, columns: int) -> torch.Tensor:
-    """Return which blocks stand in lists, bool, as kernels read them: as many of each list as its number says."""
-    meant = torch.arange(which.shape[-1]) < number[..., None]
-    found = torch.zeros(*number.shape, columns, dtype=torch.int64)
-    found.scatter_add_(3, which.long(), meant.long())
-    assert not (found > 1).any()
-    return found > 0
-
-
-def blockwise(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    score_mod: Any,
-    block_mask: Any,
-    scale: float,
-    enable_gqa: bool,
-    return_aux: Any,
-    kernel_options: Any,
-) -> tuple[torch.Tensor, Any]:
-    """Attention over what the lists say: all of a full block, and of a partial one what the mask function keeps."""
-    size, axis = block_mask.BLOCK_SIZE[0], [*query.shape[:3], key.shape[2]]
-    rows, columns = (-(-length // size) for length in axis[2:])
-    partly = listed(block_mask.kv_num_blocks, block_mask.kv_indices, columns)
-    fully = listed(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, columns)
-    assert not (partly & fully).any()
-    # What backward reads is the same, column by column.
-    assert torch.equal(partly.mT, listed(block_mask.q_num_blocks, block_mask.q_indices, rows))
-    assert torch.equal(fully.mT, listed(block_mask.full_q_num_blocks, block_mask.full_q_indices, rows))
-    assert enable_gqa and return_aux.lse and kernel_options is None
-
-    def places(blocks: torch.Tensor) -> torch.Tensor:
-        wide = blocks.repeat_interleave(size, 2).repeat_interleave(size, 3)
-        return wide[:, :, : axis[2], : axis[3]]
-
-    b, h, q, k = (
-        torch.arange(length, dtype=torch.int32).view([-1 if at == number else 1 for at in range(4)])
-        for number, length in enumerate(axis)
-    )
-    read = places(fully) | (places(partly) & block_mask.mask_mod(b, h, q, k))
-    key, value = (side.repeat_interleave(query.shape[1] // side.shape[1], dim=1) for side in (key, value))
-    scores = query @ key.mT * scale
-    if score_mod is not None:
-        scores = score_mod(scores, b, h, q, k)
-    scores = scores.masked_fill(~read, -math.inf)
-    silent = ~read.any(-1).expand(scores.shape[:-1])
-    lse = torch.logsumexp(scores.masked_fill(silent[..., None], 0.0), dim=-1)
-    # As in a kernel, what is not read is multiplied by 0.
-    weights = torch.exp(scores - lse[..., None]).masked_fill(silent[..., None], 0.0)
-    return weights @ value, flex.flex.AuxOutput(lse=lse.masked_fill(silent, -math.inf), max_scores=None)
 
 
 @pytest.fixture
@@ -182,16 +131,18 @@ def test_changes_of_scores(pattern: Pattern, small: None, stand_in: None):
 
 @pytest.mark.parametrize("capturing", [False, True], ids=["waiting", "capturing"])
 @pytest.mark.parametrize("spoiled", ["nothing", "query", "key", "value", "output", "lse", "infinite value"])
+@pytest.mark.parametrize("changes", [PLAIN, Scores(0.5, (1000.0,) * HEADS)], ids=["plain", "changed"])
 @pytest.mark.parametrize("pattern", [SlidingWindow(7), *FEW[2:]], ids=str)
 def test_what_is_no_number_stays_with_what_reads_it(
     pattern: Pattern,
+    changes: Scores,
     spoiled: str,
     capturing: bool,
     small: None,
     stand_in: None,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    """While a graph is captured no number is waited for, and marks are attended to only where there are any."""
+    """Also where far pairs weigh nothing; while a graph is captured no number is waited for."""
     if capturing:
         monkeypatch.setattr(finite, "capturing", lambda side: True)
     given = tensors(31, 31, torch.float64, torch.device("cpu"))
@@ -202,25 +153,86 @@ def test_what_is_no_number_stays_with_what_reads_it(
     ]
     for place in ((0, 1, 12), (1, 0, 30)) if spoiled != "nothing" else ():
         target[place] = worst
-    truth = graded(reference, given, pattern, range(31), PLAIN, into)
-    for one, right in zip(graded(flex, given, pattern, range(31), PLAIN, into), truth, strict=True):
+    truth = graded(reference, given, pattern, range(31), changes, into)
+    for one, right in zip(graded(flex, given, pattern, range(31), changes, into), truth, strict=True):
         torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
 
 
-def test_a_captured_graph_is_never_waited_for(small: None, stand_in: None, monkeypatch: pytest.MonkeyPatch):
-    """Once the tensors that a pattern needs lie on the device, nothing is sent there or asked for."""
-    monkeypatch.setattr(finite, "capturing", lambda side: True)
-    pattern, changes = FEW[4], Scores(None, ALiBi().of(HEADS), None)
-    given = tensors(31, 31, torch.float64, torch.device("cpu"))
+def test_values_without_numbers_leave_what_is_no_number_where_it_is(small: None, stand_in: None):
+    query, key, value = tensors(31, 31, torch.float64, torch.device("cpu"))
+    key[1, 0, 12] = math.nan
+    given = [query, key, value[..., :0]]
+    got, truth = (
+        kernel.attend(*given, SlidingWindow(7), queries=range(31), scale=0.3, changes=PLAIN)
+        for kernel in (flex, reference)
+    )
+    for one, right in zip(got, truth, strict=True):
+        torch.testing.assert_close(one, right, rtol=0, atol=1e-10, equal_nan=True)
+
+
+def laid_out(side: torch.Tensor, how: str) -> torch.Tensor:
+    """Return a tensor of the same numbers that lies otherwise in memory."""
+    if how == "heads outside":
+        return side.contiguous()
+    if how == "gaps":
+        # As queries, keys and values lie that one layer makes together.
+        return torch.cat([side, side], dim=-1)[..., : side.shape[-1]]
+    if how == "one for both":
+        # As the same text lies for every member of a batch.
+        return side[:1].expand_as(side)
+    return side
+
+
+@pytest.fixture
+def compiled_for(stand_in: None, monkeypatch: pytest.MonkeyPatch) -> set:
+    """The way of cuda, on cpu: record what a kernel is compiled for."""
+    asked: set = set()
+
+    def recorded(kind: family.Family, scale: float, facts: Any) -> Any:
+        run = flex._kernel(kind, scale)
+
+        def kernel(*given: Any) -> Any:
+            flat = [side for part in given for side in (part if isinstance(part, tuple) else (part,))]
+            lie = (
+                None if side is None else (side.dtype, side.shape, side.stride(), side.requires_grad)
+                for side in flat
+            )
+            asked.add((kind, scale, facts, *lie))
+            return run(*given)
+
+        return kernel
+
+    monkeypatch.setattr(flex, "DEFINED", ())
+    monkeypatch.setattr(flex, "_compiled", recorded)
+    return asked
+
+
+@pytest.mark.parametrize("how", ["heads inside", "heads outside", "gaps", "one for both"])
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+def test_a_captured_graph_does_what_was_done_before_it(
+    pattern: Pattern, how: str, small: None, compiled_for: set, monkeypatch: pytest.MonkeyPatch
+):
+    """After one step outside a graph, nothing is compiled in it, sent to the device, or asked for."""
+    changes = Scores(2.0, ALiBi().of(HEADS), None)
+    given = [laid_out(side, how) for side in tensors(31, 31, torch.float64, torch.device("cpu"), width=16)]
     into = [torch.ones_like(given[0]), torch.ones_like(given[0][..., 0])]
-    graded(flex, given, pattern, range(31), changes, into)
-    with Waiting() as waiting:
+
+    def step() -> None:
         graded(flex, given, pattern, range(31), changes, into)
+        with torch.no_grad():
+            flex.attend(*given, pattern, queries=range(31), scale=0.3, changes=changes)
+
+    with Waiting() as waiting:
+        step()
+    assert "_local_scalar_dense" in waiting.asked
+    before = set(compiled_for)
+    held = [cached.cache_info().misses for cached in (family.groups, flex._held)]
+    monkeypatch.setattr(finite, "capturing", lambda side: True)
+    with Waiting() as waiting:
+        step()
+    assert before and compiled_for == before
+    assert held == [cached.cache_info().misses for cached in (family.groups, flex._held)]
     assert waiting.asked == []
-    monkeypatch.setattr(finite, "capturing", lambda side: False)
-    with Waiting() as waiting:
-        graded(flex, given, pattern, range(31), changes, into)
-    assert set(waiting.asked) == {"_local_scalar_dense"}
 
 
 class Waiting(TorchDispatchMode):
@@ -309,6 +321,41 @@ def test_cuda_queries_stand_where_they_are_said_to(named: str, pattern: Pattern)
 def test_cuda_shares_key_heads(pattern: Pattern, heads: tuple[int, int]):
     given = tensors(300, 300, torch.float32, torch.device("cuda"), heads=heads[0], key_heads=heads[1])
     check(pattern, given, "flex")
+
+
+@pytest.mark.parametrize("pattern", [SlidingWindow(512), Causal(), Streaming(512)], ids=str)
+@pytest.mark.parametrize("length", [1024, 1500, 3072])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_finds_the_full_blocks_beside_the_partial_ones(length: int, pattern: Pattern):
+    """Shorter texts have lists of one width, whose strides are the same whatever is done."""
+    check(pattern, tensors(length, length, torch.float32, torch.device("cuda")), "flex")
+
+
+@pytest.mark.parametrize("pattern", FEW, ids=str)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_graphs_compile_nothing_and_keep_numbers_apart(pattern: Pattern):
+    given = [side.requires_grad_() for side in tensors(300, 300, torch.bfloat16, torch.device("cuda"))]
+
+    def step() -> list[torch.Tensor]:
+        output = attend(*given, pattern, kernel="flex")
+        return [output, *torch.autograd.grad(output.sum(), given)]
+
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    before, graph = counters["stats"]["unique_graphs"], torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = step()
+    assert counters["stats"]["unique_graphs"] == before
+    for worst in (0.0, math.nan):
+        with torch.no_grad():
+            given[1][0, 0, 12] = worst
+        graph.replay()
+        for one, right in zip(made, step(), strict=True):
+            torch.testing.assert_close(one, right, equal_nan=True)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")

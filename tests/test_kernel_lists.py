@@ -13,8 +13,22 @@ from longspan.derive.blocks import Blocks, blocks
 from longspan.derive.stretch import Stretch, shortest
 from longspan.derive.terms import terms
 from longspan.derive.tiling import layouts
+from longspan.kernel.flex import family
 from longspan.kernel.flex.lists import Lists, lists, squares
-from longspan.pattern import SCCA, SDA, Causal, Dilated, LongMixed, LongNet, Pattern, SlidingWindow, Window
+from longspan.pattern import (
+    S2,
+    SCCA,
+    SDA,
+    Causal,
+    Dilated,
+    LongMixed,
+    LongNet,
+    Pattern,
+    PerHead,
+    SlidingWindow,
+    Streaming,
+    Window,
+)
 
 SIZE = 4
 
@@ -88,3 +102,44 @@ def test_lists_hold_every_block_once_in_order(pattern: Pattern):
                         got = where[place[0], 0, place[1]]
                         assert got[: number[place[0], 0, place[1]]].tolist() == meant.tolist()
                         assert not got[len(meant) :].any()
+
+
+def read_by(strides: torch.Tensor, number: torch.Tensor, which: torch.Tensor) -> list[list[int]]:
+    """Return the lists as the kernels of PyTorch 2.11 find them: in memory, by the strides of other lists."""
+    layouts, heads, lines = number.shape
+    flat, found = which.reshape(-1), []
+    for layout, head, line in np.ndindex(layouts, heads, lines):
+        begin = (layout * heads + head) * strides.stride(1) + line * strides.stride(2)
+        found.append(flat[begin : begin + int(number[layout, head, line])].tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        SlidingWindow(512),
+        Causal(),
+        Streaming(300),
+        S2(256),
+        LongNet((256, 1024), (1, 4)),
+        PerHead([SlidingWindow(300), SlidingWindow(700)]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1024, 1, 500])
+def test_both_lists_along_an_axis_are_found_by_the_strides_of_one(pattern: Pattern, rows: int):
+    """Kernels of PyTorch 2.11 go through the full blocks by the strides of the partial ones."""
+    calls = 0
+    for group in family.groups(pattern, 4, range(1024 - rows, 1024), range(1024), torch.device("cpu")):
+        for call in group.calls:
+            made = call.lists
+            for partial, full in ((made.keys, made.full_keys), (made.queries, made.full_queries)):
+                assert all(part.is_contiguous() for part in (*partial, *full))
+                assert [part.stride() for part in partial] == [part.stride() for part in full]
+                meant = [
+                    which[:number].tolist()
+                    for number, which in zip(full[0].flatten(), full[1].flatten(0, 2), strict=True)
+                ]
+                assert read_by(partial[1], *full) == meant
+                calls += 1
+    assert calls

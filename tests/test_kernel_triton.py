@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_kernel_matrix import RANGES, check, tensors
 
 from longspan import attend
 from longspan.errors import PlanError
+from longspan.kernel.triton import triton
 from longspan.pattern import (
     BigBird,
     Causal,
@@ -56,6 +58,35 @@ def test_triton_shares_key_heads(heads: tuple[int, int]):
     check(LongMixed(9), given, "triton")
 
 
+@pytest.mark.parametrize("width", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_triton_takes_heads_of_all_widths(dtype: torch.dtype, width: int):
+    """Blocks are smaller where numbers or heads are wider."""
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies no bfloat16")
+    given = tensors(97, 97, dtype, DEVICE, heads=2, key_heads=1, batch=1, width=width)
+    if width <= triton.WIDEST[dtype]:
+        check(Streaming(20), given, "triton")
+        return
+    with pytest.raises(PlanError) as raised:
+        attend(*given, Streaming(20), kernel="triton")
+    assert f"triton  takes float32 heads of 64 numbers at most, got {width}" in str(raised.value)
+
+
+def test_triton_reaches_the_end_of_a_long_text():
+    """Rows lie so far apart that the last ones are no number of 32 bits away from the first."""
+    rows, apart, given = 130, 1 << 24, []
+    for side in tensors(rows, rows, torch.float16, DEVICE, heads=1, key_heads=1, batch=1, width=16):
+        # On cpu, memory that is not touched is not there.
+        memory = (
+            torch.from_numpy(np.zeros(rows * apart, dtype=np.float16))
+            if DEVICE.type == "cpu"
+            else torch.zeros(rows * apart, dtype=torch.float16, device=DEVICE)
+        )
+        given.append(memory.as_strided(side.shape, (rows * apart, rows * apart, apart, 1)).copy_(side))
+    check(Streaming(20), given, "triton")
+
+
 @pytest.mark.parametrize("spoiled", [0, 1, 2])
 def test_what_is_no_number_stays_with_what_reads_it(spoiled: int):
     results = []
@@ -69,6 +100,23 @@ def test_what_is_no_number_stays_with_what_reads_it(spoiled: int):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no second CUDA device on this machine")
+def test_triton_runs_where_its_tensors_lie():
+    check(Streaming(20), tensors(97, 97, torch.float16, torch.device("cuda", 1)), "triton")
+
+
+def test_triton_is_not_captured(monkeypatch: pytest.MonkeyPatch):
+    """What it waits for is refused before it is waited for."""
+    monkeypatch.setattr(triton, "capturing", lambda side: True)
+    side = torch.zeros(1, 4, 9, 8, device=DEVICE)
+    with pytest.raises(PlanError) as raised:
+        attend(side, side, side, Causal(), kernel="triton")
+    assert (
+        "triton  cannot be captured in a CUDA graph: it waits to see whether its results are finite"
+        in str(raised.value)
+    )
+
+
 def test_triton_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch):
     side = torch.zeros(1, 4, 9, 8, device=DEVICE)
     with pytest.raises(PlanError) as raised:
@@ -78,6 +126,9 @@ def test_triton_runs_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch)
         attend(side.double(), side.double(), side.double(), Causal(), kernel="triton")
     assert "triton  takes float32, bfloat16 or float16, got float64" in str(raised.value)
     if DEVICE.type == "cpu":
+        with pytest.raises(PlanError) as raised:
+            attend(side.bfloat16(), side.bfloat16(), side.bfloat16(), Causal(), kernel="triton")
+        assert "triton  takes float32 or float16 in Triton's interpreter, got bfloat16" in str(raised.value)
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(PlanError) as raised:
             attend(side, side, side, Causal(), kernel="triton")

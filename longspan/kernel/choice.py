@@ -70,7 +70,8 @@ def run(
         asked = work(pattern, query.shape[1], queries, key.shape[2], scale)
         return flash.attend(query, key, value, changes.sinks, asked)
     if name == "triton":
-        found = triton.terms(pattern, query.shape[1], queries, range(key.shape[2]), query.device)
+        size = triton.size(query, value)
+        found = triton.terms(pattern, query.shape[1], queries, range(key.shape[2]), query.device, size)
         return triton.attend(query, key, value, changes.sinks, triton.Work(found, scale))
     kernel = {"flex": flex, "reference": reference}[name]
     return kernel.attend(query, key, value, pattern, queries=queries, scale=scale, changes=changes)

@@ -35,6 +35,8 @@ NARROWEST = 16
 # Devices on which FlexAttention runs its definition.
 DEFINED = ("cpu",)
 CUDA_DTYPES = ("float32", "bfloat16", "float16")
+# Compiled kernels find the rows of a head by numbers of 32 bits.
+FARTHEST = 2**31 - 1
 
 
 def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, asked: bool) -> str | None:
@@ -52,7 +54,7 @@ def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, ask
     elif query.device.type != "cuda":
         return f"runs on cuda, and forward on cpu, got {query.device}"
     else:
-        why = dtype_refusal(str(query.dtype).removeprefix("torch."))
+        why = dtype_refusal(str(query.dtype).removeprefix("torch.")) or _span_refusal(*tensors)
         if why:
             return why
     return _unknown(pattern, query.shape[1])
@@ -61,6 +63,26 @@ def refusal(tensors: Sequence[Tensor], pattern: Pattern, changes: Scores, *, ask
 def dtype_refusal(dtype: str) -> str | None:
     """Say why this kernel cannot take a dtype on cuda, or None where it can."""
     return None if dtype in CUDA_DTYPES else f"takes {' or '.join(CUDA_DTYPES)} on cuda, got {dtype}"
+
+
+def _span_refusal(query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """Say why this kernel cannot take tensors that lie so on cuda, or None where it can.
+
+    The output and its gradient lie as the query does.
+    """
+    output = query.stride(2) * value.shape[3] // max(1, query.shape[3])
+    spans = {
+        "queries": query.shape[2] * max(query.stride(2), output),
+        "keys": key.shape[2] * key.stride(2),
+        "values": value.shape[2] * value.stride(2),
+    }
+    name = max(spans, key=spans.__getitem__)
+    if spans[name] <= FARTHEST:
+        return None
+    return (
+        f"takes heads whose {name} lie within {FARTHEST:,} numbers, got {spans[name]:,}; .contiguous() lays those of "
+        "a head side by side, and the kernels flash and triton have no such limit"
+    )
 
 
 @torch.compiler.disable
@@ -89,15 +111,16 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Return output and log-sum-exp; gradients flow through both."""
     keys = range(key.shape[2])
-    pairs = partial(_attend, pattern=pattern, queries=queries, keys=keys)
-    output, lse = contained(
-        query,
-        key,
-        value,
-        partial(pairs, scale=scale, limit=changes.limit, slopes=changes.slopes),
-        pairs,
-        partial(_attend, pattern=pattern.T, queries=keys, keys=queries),
+    act = partial(
+        _attend,
+        pattern=pattern,
+        queries=queries,
+        keys=keys,
+        scale=scale,
+        limit=changes.limit,
+        slopes=changes.slopes,
     )
+    output, lse = contained(query, key, value, act)
     if changes.sinks is None:
         return output, lse
     # A sink is a part of its own: a key that all queries read, of value 0.
@@ -113,12 +136,15 @@ def _attend(
     pattern: Pattern,
     queries: range,
     keys: range,
-    scale: float = 1.0,
-    limit: float | None = None,
-    slopes: tuple[float, ...] | None = None,
+    scale: float,
+    limit: float | None,
+    slopes: tuple[float, ...] | None,
     gate: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return output and log-sum-exp over all groups of heads; nothing is read where `gate` is false."""
+    """Return output and log-sum-exp over all groups of heads.
+
+    With a `gate`, slopes count as 0, and nothing is read where it is false.
+    """
     exact = torch.promote_types(query.dtype, torch.float32)
     made, order = [], []
     for group in groups(pattern, query.shape[1], queries, keys, query.device):
@@ -251,6 +277,8 @@ def _flex(
     if gate is not None:
         # Numbers of blocks stand before the blocks themselves.
         listed = tuple(part * gate.to(part.dtype) if at % 2 == 0 else part for at, part in enumerate(listed))
+        # What is compiled takes slopes still, and far pairs would weigh nothing by them.
+        slopes = None if slopes is None else torch.zeros_like(slopes)
     family = replace(call.family, limit=limit, sloped=slopes is not None)
     given = (query, key, value, listed, call.numbers, origins, call.tables, slopes)
     if query.device.type in DEFINED:

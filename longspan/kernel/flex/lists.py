@@ -21,7 +21,8 @@ class Lists:
 
     `keys` and `full_keys` list the partial and the full blocks of keys for each block of queries, in ascending order;
     `queries` and `full_queries` list the blocks of queries for each block of keys. What stands behind the number of
-    blocks in a list is 0 and means nothing.
+    blocks in a list is 0 and means nothing. Both lists along one axis are as wide as the wider one: the kernels of
+    PyTorch 2.11 find the full blocks by the strides of the partial ones.
     """
 
     keys: tuple[Tensor, Tensor]
@@ -62,15 +63,15 @@ def lists(
             *(_runs(found, classes, grid, axis) for (found, _), grid in zip(heads, grids, strict=True)),
             strict=True,
         )
-        made = (
-            _beside(
-                [
-                    (*_lines(grid, run, axis), _again(grid, stretch, axis))
-                    for grid, run, (_, stretch) in zip(grids, kind, heads, strict=True)
-                ]
-            )
+        kinds = [
+            [
+                (*_lines(grid, run, axis), _again(grid, stretch, axis))
+                for grid, run, (_, stretch) in zip(grids, kind, heads, strict=True)
+            ]
             for kind in both
-        )
+        ]
+        wide = max(_LEAST, *(int(number.max(initial=0)) for kind in kinds for number, _, _ in kind))
+        made = (_beside(kind, wide) for kind in kinds)
         return tuple(tuple(torch.as_tensor(side, device=device) for side in sides) for sides in made)
 
     (partial, full), (partly, fully) = put(1), put(2)
@@ -188,10 +189,9 @@ def _again(grid: _Grid, stretch: Stretch, axis: int) -> _Again:
     return _Again(begin // size, (begin + stretch.unit) // size, stretch.times, stretch.unit // other)
 
 
-def _beside(heads: list[tuple[np.ndarray, _Runs, _Again]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the lists of heads for the long text, numbers `[layouts, heads, lines]` and what they are of, with one
-    more axis."""
-    wide = max(_LEAST, *(int(number.max(initial=0)) for number, _, _ in heads))
+def _beside(heads: list[tuple[np.ndarray, _Runs, _Again]], wide: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lists of heads for the long text, numbers `[layouts, heads, lines]` and what they are of, `wide`
+    places for each."""
     number, _, again = heads[0]
     lines = number.shape[1] + again.times * (again.end - again.begin)
     shape = (len(number), len(heads), lines)

@@ -1,8 +1,9 @@
 """Finite: what is no number stays with the pairs that are read, for kernels that multiply what is not read by 0.
 
 Such a kernel is run on tensors in which the rows that are not finite are 0, and NaN is written to all that read them.
-Which those are is found by attention over marks. Finite tensors pay for one sum forward and one backward, for which the
-device is waited for. While a CUDA graph is captured nothing can wait: there the rows are looked through and cleared in any
+Which those are is found by the same kernel over marks, laid out as the tensors are, so that it is compiled for nothing
+but the tensors. Finite tensors pay for one sum forward and one backward, for which the device is waited for. While a
+CUDA graph is captured nothing can wait and nothing be compiled: there the rows are looked through and cleared in any
 case, and attention over marks is told by a number on the device whether there are any.
 """
 
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-# Output and log-sum-exp of query, key and value; over marks, which are nothing but 0 where a number `gate` is 0.
+# Output and log-sum-exp of query, key and value. With a number `gate`, for marks: scores are not changed by how far
+# apart a pair is, and nothing is read where the number is 0.
 Attention = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -24,23 +27,23 @@ class _Record:
     """What forward leaves for backward, and what the end of backward leaves for its beginning.
 
     Attributes:
-        turned: attention with queries and keys exchanged.
+        act: the kernel.
+        sides: query, key and value, without their numbers.
         quiet: no number on the device may be waited for.
         struck: queries whose output is NaN, or None for none.
         silent: queries that read nothing.
         rows: queries of which the gradient is NaN, or None for none.
     """
 
-    turned: Attention
+    act: Attention
+    sides: tuple[Tensor, ...]
     quiet: bool
     struck: Tensor | None = None
     silent: Tensor | None = None
     rows: Tensor | None = None
 
 
-def contained(
-    query: Tensor, key: Tensor, value: Tensor, act: Attention, plain: Attention, turned: Attention
-) -> tuple[Tensor, Tensor]:
+def contained(query: Tensor, key: Tensor, value: Tensor, act: Attention) -> tuple[Tensor, Tensor]:
     """Return what `act` gives, with NaN in the rows that read or are what is not finite, and only there.
 
     Gradients that flow in are contained in the same way.
@@ -48,10 +51,14 @@ def contained(
     Args:
         query, key, value: tensors.
         act: the kernel.
-        plain: the same pairs without changes of scores, for marks; it gets one key head for every head of its value.
-        turned: `plain` with queries and keys exchanged, with as many key heads as query heads.
     """
-    record = _Record(turned, capturing(query))
+    if not value.shape[-1]:
+        # A row without a number could not be marked.
+        output, lse = contained(query, key, F.pad(value, (0, 1)), act)
+        return output[..., :0], lse
+    # Numbers that stand for several rows could not be cleared for one of them.
+    query, key, value = (side.contiguous() if 0 in side.stride() else side for side in (query, key, value))
+    record = _Record(act, tuple(_alike(side, "meta") for side in (query, key, value)), capturing(query))
     sides = _Enter.apply(query, key, value, record)
     if not record.quiet:
         output, lse = act(*sides)
@@ -59,9 +66,12 @@ def contained(
     if record.quiet or not (output.sum() + query.sum()).isfinite():
         rows, keys = spoiled(query), spoiled(key) | spoiled(value)
         if record.quiet or rows.any() or keys.any():
-            finite = (cleared(side, where) for side, where in zip(sides, (rows, keys, keys), strict=True))
+            finite = (
+                _alike(side, side.device).copy_(side).masked_fill_(where.unsqueeze(-1), 0.0)
+                for side, where in zip(sides, (rows, keys, keys), strict=True)
+            )
             output, lse = act(*finite)
-            record.struck = (rows | _readers(keys, query, plain)) & ~lse.isneginf()
+            record.struck = (rows | _readers(keys, sides, act)) & ~lse.isneginf()
     record.silent = lse.isneginf()
     return _Leave.apply(output, lse, record)
 
@@ -73,7 +83,7 @@ class _Enter(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, record: _Record
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.record, ctx.share = record, query.shape[1] // key.shape[1]
+        ctx.record = record
         return query.view_as(query), key.view_as(key), value.view_as(value)
 
     @staticmethod
@@ -82,7 +92,7 @@ class _Enter(torch.autograd.Function):
         rows = ctx.record.rows
         if rows is None:
             return *grads, None
-        read = _read(rows, grads[1].shape[2], ctx.record.turned).unflatten(1, (-1, ctx.share)).any(2)
+        read = _read(rows, ctx.record)
         struck = (rows, read, read)
         return *(
             grad.masked_fill(where.unsqueeze(-1), torch.nan)
@@ -135,17 +145,25 @@ def cleared(side: Tensor, rows: Tensor) -> Tensor:
     return side.masked_fill(rows.unsqueeze(-1), 0.0)
 
 
-@torch.no_grad()
-def _readers(keys: Tensor, query: Tensor, plain: Attention) -> Tensor:
+def _alike(side: Tensor, device: torch.device | str) -> Tensor:
+    """Return memory for a tensor that lies as another does, gaps included; kernels are compiled for how tensors lie."""
+    return torch.empty_strided(side.shape, side.stride(), dtype=side.dtype, device=device)
+
+
+def _readers(keys: Tensor, sides: tuple[Tensor, ...], act: Attention) -> Tensor:
     """Return which queries read a key that is marked: the mean of the marks they read is above 0."""
-    marks = keys.to(torch.float32).unsqueeze(-1)
-    alike = torch.zeros(*query.shape[:-1], 1, device=query.device)
-    return plain(alike, torch.zeros_like(marks), marks, gate=keys.any())[0].squeeze(-1) > 0
+    marks = [_alike(side, side.device).zero_() for side in sides]
+    marks[2][..., 0] = keys
+    # Gradients are not asked for, but kernels are compiled for whether they may be.
+    given = (mark.requires_grad_(side.requires_grad) for mark, side in zip(marks, sides, strict=True))
+    return act(*given, gate=keys.any())[0].detach()[..., 0] > 0
 
 
-@torch.no_grad()
-def _read(rows: Tensor, keys: int, turned: Attention) -> Tensor:
-    """Return which keys are read by a query that is marked, on each query head."""
-    marks = rows.to(torch.float32).unsqueeze(-1)
-    alike = torch.zeros(*rows.shape[:2], keys, 1, device=rows.device)
-    return turned(alike, torch.zeros_like(marks), marks, gate=rows.any())[0].squeeze(-1) > 0
+def _read(rows: Tensor, record: _Record) -> Tensor:
+    """Return which keys are read by a query that is marked: their share of its marks is above 0."""
+    marks = [_alike(side, rows.device).zero_().requires_grad_() for side in record.sides]
+    with torch.enable_grad():
+        output, _ = record.act(*marks, gate=rows.any())
+    into = torch.zeros_like(output)
+    into[..., 0] = rows
+    return torch.autograd.grad(output, marks[2], into)[0][..., 0] > 0

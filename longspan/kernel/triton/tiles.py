@@ -17,22 +17,26 @@ import triton.language as tl
 @triton.jit
 def _side(base, start, count, stride, S: tl.constexpr, D: tl.constexpr):
     """Load a block of rows, 0 behind the last one."""
-    rows = start + tl.arange(0, S)
-    return tl.load(
-        base + rows[:, None] * stride + tl.arange(0, D)[None, :], mask=rows[:, None] < count, other=0.0
-    )
+    row = tl.arange(0, S)
+    # Where a long text with many heads inside ends is no number of 32 bits.
+    base += start.to(tl.int64) * stride
+    place = row[:, None] * stride + tl.arange(0, D)[None, :]
+    return tl.load(base + place, mask=(start + row)[:, None] < count, other=0.0)
 
 
 @triton.jit
-def _scores(q, k, scale, masks, number, first, columns, MASKED: tl.constexpr, S: tl.constexpr):
-    """Return the scores of a block, minus infinity for what is not read."""
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    column = tl.arange(0, S)
-    read = (first + column)[None, :] < columns
+def _scores(down, across, scale, masks, number, first, count, MASKED: tl.constexpr, S: tl.constexpr):
+    """Return the scores of a block, minus infinity for what is not read and what lies behind the end across."""
+    scores = tl.dot(down, tl.trans(across), input_precision="ieee") * scale
+    column = tl.arange(0, S)[None, :]
+    read = first + column < count
     if MASKED:
         words: tl.constexpr = S // 32
-        place = number * S * words + tl.arange(0, S)[:, None] * words + column[None, :] // 32
-        read = read & (((tl.load(masks + place) >> (column[None, :] % 32)) & 1) != 0)
+        line = masks + number.to(tl.int64) * S * words + tl.arange(0, S) * words
+        bits = tl.load(line)[:, None]
+        for word in tl.static_range(1, words):
+            bits = tl.where(column // 32 == word, tl.load(line + word)[:, None], bits)
+        read = read & (((bits >> (column % 32)) & 1) != 0)
     return tl.where(read, scores, float("-inf"))
 
 
@@ -81,21 +85,10 @@ def forward(
     silent = total == 0.0
     sums = sums / tl.where(silent, 1.0, total)[:, None]
     row = block * S + tl.arange(0, S)
-    place = output + batch * ob + head * oh + row[:, None] * on + tl.arange(0, D)[None, :]
+    place = output + batch * ob + head * oh + row.to(tl.int64)[:, None] * on + tl.arange(0, D)[None, :]
     tl.store(place, sums.to(output.dtype.element_ty), mask=row[:, None] < rows)
     found = tl.where(silent, float("-inf"), most + tl.log(tl.where(silent, 1.0, total)))
     tl.store(lse + pair.to(tl.int64) * rows + row, found, mask=row < rows)
-
-
-@triton.jit
-def _steep(
-    q, k, v, grad, total, along, number, first, masks, columns, scale, MASKED: tl.constexpr, S: tl.constexpr
-):
-    """Return the weights of a block, and the gradient of its scores."""
-    scores = _scores(q, k, scale, masks, number, first, columns, MASKED, S)
-    weights = tl.exp(scores - total[:, None])
-    steep = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - along[:, None]) * scale
-    return weights, steep
 
 
 @triton.jit
@@ -105,7 +98,8 @@ def _into_query(
 ):
     k = _side(key, index * S, columns, k_stride, S, D)
     v = _side(value, index * S, columns, v_stride, S, D)
-    _, steep = _steep(q, k, v, grad, total, along, number, index * S, masks, columns, scale, MASKED, S)
+    weights = tl.exp(_scores(q, k, scale, masks, number, index * S, columns, MASKED, S) - total[:, None])
+    steep = weights * (tl.dot(grad, tl.trans(v), input_precision="ieee") - along[:, None]) * scale
     return sums + tl.dot(steep.to(k.dtype), k, input_precision="ieee")
 
 
@@ -142,18 +136,19 @@ def backward_query(
 
 @triton.jit
 def _into_keys(
-    into_key, into_value, k, v, query, grad, lse, along, q_stride, g_stride, index, number, first, masks,
-    rows, columns, scale, MASKED: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
+    into_key, into_value, k, v, query, grad, lse, along, q_stride, g_stride, index, number, masks, rows, scale,
+    MASKED: tl.constexpr, S: tl.constexpr, D: tl.constexpr,
 ):
     q = _side(query, index * S, rows, q_stride, S, D)
     g = _side(grad, index * S, rows, g_stride, S, D)
     row = index * S + tl.arange(0, S)
     total = tl.load(lse + row, mask=row < rows, other=0.0)
     own = tl.load(along + row, mask=row < rows, other=0.0)
-    weights, steep = _steep(q, k, v, g, total, own, number, first, masks, columns, scale, MASKED, S)
-    weights = tl.where(row[:, None] < rows, weights, 0.0)
-    into_value += tl.dot(tl.trans(weights.to(g.dtype)), g, input_precision="ieee")
-    into_key += tl.dot(tl.trans(steep.to(q.dtype)), q, input_precision="ieee")
+    # Keys lie down here and queries across, so that weights are multiplied as they lie.
+    weights = tl.exp(_scores(k, q, scale, masks, number, index * S, rows, MASKED, S) - total[None, :])
+    into_value += tl.dot(weights.to(g.dtype), g, input_precision="ieee")
+    steep = weights * (tl.dot(v, tl.trans(g), input_precision="ieee") - own[None, :]) * scale
+    into_key += tl.dot(steep.to(q.dtype), q, input_precision="ieee")
     return into_key, into_value
 
 
@@ -178,12 +173,12 @@ def backward_keys(
         for at in range(tl.load(full + line), tl.load(full + line + 1)):
             into_key, into_value = _into_keys(
                 into_key, into_value, k, v, q, g, lse + own, along + own, qn, gn, tl.load(fulls + at), 0,
-                block * S, masks, rows, columns, scale, False, S, D,
+                masks, rows, scale, False, S, D,
             )
         for at in range(tl.load(part + line), tl.load(part + line + 1)):
             into_key, into_value = _into_keys(
                 into_key, into_value, k, v, q, g, lse + own, along + own, qn, gn, tl.load(parts + at),
-                tl.load(numbers + at), block * S, masks, rows, columns, scale, True, S, D,
+                tl.load(numbers + at), masks, rows, scale, True, S, D,
             )
     column = block * S + tl.arange(0, S)
     place = (pair.to(tl.int64) * columns + column)[:, None] * D + tl.arange(0, D)[None, :]
