@@ -19,7 +19,8 @@ from longspan.cli.extend import command as extend_command
 from longspan.cli.plan import command as plan_command
 from longspan.errors import InputError
 from longspan.extend.adapter import adapt
-from longspan.extend.forecast import Forecast, Machine, advice
+from longspan.extend.advice import advice
+from longspan.extend.forecast import Forecast, Machine
 from longspan.extend.memory import training_memory
 from longspan.extend.recipe import METHODS, Recipe
 from longspan.hf.config import extended
@@ -118,6 +119,15 @@ def test_a_window_shared_by_devices_sends_what_the_others_read():
     assert windowed == 2 * (2 * 4096) * 2 * (2 * 8 * 128) * 2
     assert windowed < dense
     assert Forecast(MIDDLING, Recipe(length=65536), machine()).traffic == (0, 0)
+
+
+def test_what_inference_moves_is_counted():
+    """Two devices that read a text together: each sends what it holds of all layers, once; a token fetches all there is."""
+    forecast = Forecast(MIDDLING, Recipe(length=65536), machine(devices=2))
+    keys = 2 * (2 * 8 * 128) * 2
+    assert forecast.passing == keys * 65536 // 2
+    assert forecast.fetched == 2 * forecast.memory.parameters + keys * 65536
+    assert Forecast(MIDDLING, Recipe(length=65536), machine()).passing == 0
 
 
 def test_every_stage_takes_its_time():
@@ -318,6 +328,7 @@ def test_it_prints_a_plan(run):
         "not counted",
         "traffic",
         "reading",
+        "writing",
         "positions",
         "pattern",
         "method",
@@ -336,7 +347,7 @@ def test_a_plan_takes_what_extend_takes(run, monkeypatch):
         planned.append(recipe)
         raise InputError("enough")
 
-    monkeypatch.setattr("longspan.extend.forecast.by_method", noted)
+    monkeypatch.setattr("longspan.extend.advice.by_method", noted)
     told = {
         "length": 16384,
         "pattern": "SlidingWindow(64)",

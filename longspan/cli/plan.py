@@ -47,7 +47,8 @@ def command(
     # Loading torch and transformers takes seconds, which `longspan --help` need not wait for.
     from psutil import Process
 
-    from longspan.extend.forecast import Machine, advice, by_method
+    from longspan.extend.advice import advice, by_method
+    from longspan.extend.forecast import Machine
     from longspan.hf.model import load_config
     from longspan.size import size
 
@@ -100,14 +101,20 @@ def command(
         f"not counted: the process itself, which takes {size(Process().memory_info().rss)} here and more with a text; "
         "what libraries and kernels hold on a GPU; freed memory that an allocator holds"
     )
-    gradients, keys = next(each for each in forecasts if each.recipe.method == "lora+").traffic
+    if devices > 1:
+        gradients, keys = next(each for each in forecasts if each.recipe.method == "lora+").traffic
+        typer.echo(
+            f"traffic: {size(gradients)} of gradients per device and step (lora+), and {size(keys)} "
+            f"of keys and values where {first.sharing} share a window"
+        )
     typer.echo(
-        f"traffic: {size(gradients)} of gradients per device and step (lora+), and {size(keys)} "
-        f"of keys and values where {first.sharing} share a window"
+        f"reading: {first.prefill / 1e12:,.1f} TFLOP before the first answer, {first.prefill / machine.speed:,.1f} s on "
+        f"one device"
+        + (f"; {first.sharing} that share a text send {size(first.passing)} each" if devices > 1 else "")
     )
     typer.echo(
-        f"reading: {size(first.cache)} of keys and values, {first.prefill / 1e12:,.1f} TFLOP "
-        f"({first.prefill / machine.speed:,.1f} s on one device) before the first answer"
+        f"writing: weights of {size(2 * first.memory.parameters)}, and {size(first.cache)} of keys and values for each "
+        f"text: {size(first.fetched)} of memory are read for a token"
     )
     for name, reason in advice(config, recipe, machine):
         typer.echo(f"{name}: {reason}")

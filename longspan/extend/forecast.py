@@ -1,4 +1,4 @@
-"""The forecast: what an extension will take in memory, time and traffic, and which way to go, from a config alone."""
+"""The forecast: what an extension will take in memory, time and traffic, from a config alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from longspan.derive.cost import cost
 from longspan.derive.lifetime import live
 from longspan.errors import InputError, message
 from longspan.extend.memory import Memory, training_memory
-from longspan.extend.recipe import METHODS, NEAR, Recipe
-from longspan.hf.config import GO_ON, extended
+from longspan.extend.recipe import Recipe
 from longspan.hf.layers import layer_patterns, windows
-from longspan.hf.rope import parameters_of
 from longspan.layout import zigzag
 from longspan.pattern import Causal, Pattern, parse
 from longspan.ring.plan import plan as shared_out
@@ -30,9 +28,6 @@ _SMALLER = (
     {"activations": "recomputed", "method": "lora"},
     {"activations": "recomputed", "method": "qlora"},
 )
-# Below this, a kernel that reads all keys is as fast as any pattern worth training with.
-_DENSE = 8192
-_MILLION = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -151,27 +146,36 @@ class Forecast:
     def traffic(self) -> tuple[int, int]:
         """Bytes that a device sends in a step: gradients of a shared model, and keys of shared windows.
 
-        The second is what `longspan.ring` moves of keys, values and their gradients, on the device that sends the most
-        of them in a layer.
+        The second is of keys, values and their gradients.
         """
         devices, recipe = self.machine.devices, self.recipe
         gradients = 2 * self.memory.gradients * (devices - 1) // devices
-        if recipe.window < 2 * self.sharing:
-            return gradients, 0
         # Layers that are computed again are sent their keys again.
         forwards = 2 if recipe.activations == "recomputed" else 1
-        keys = 0
-        for layer, often in Counter(self.trained(recipe.window)).items():
-            sharing = shared_out(
+        keys = self._sent(self.trained(recipe.window), recipe.window, forwards, backwards=1)
+        return gradients, recipe.batch * recipe.accumulate * keys
+
+    @property
+    def passing(self) -> int:
+        """Bytes of keys and values that a device sends while the result reads one text of full length on all of them."""
+        return self._sent(self.own, self.recipe.length, forwards=1, backwards=0)
+
+    def _sent(self, layers: tuple[Pattern, ...], length: int, forwards: int, backwards: int) -> int:
+        """Return what `longspan.ring` moves on the device that sends the most in a layer, all layers together."""
+        if length < 2 * self.sharing:
+            return 0
+        total = 0
+        for layer, often in Counter(layers).items():
+            shares = shared_out(
                 layer,
-                zigzag(recipe.window, self.sharing),
+                zigzag(length, self.sharing),
                 heads=self._text.num_attention_heads,
                 key_heads=self._key_heads,
                 width=self._width,
                 dtype=str(self.machine.dtype).removeprefix("torch."),
             )
-            keys += often * int((forwards * sharing.sent + sharing.gradients.sum(axis=0)).max())
-        return gradients, recipe.batch * recipe.accumulate * keys
+            total += often * int((forwards * shares.sent + backwards * shares.gradients.sum(axis=0)).max())
+        return total
 
     @property
     def cache(self) -> int:
@@ -181,6 +185,11 @@ class Forecast:
             often * sum(map(len, live(layer, at=length))) for layer, often in Counter(self.own).items()
         )
         return held * 2 * self._key_heads * self._width * torch.bfloat16.itemsize
+
+    @property
+    def fetched(self) -> int:
+        """Bytes that writing one more token at full length fetches from memory: all weights and the cache, in bfloat16."""
+        return self.memory.parameters * torch.bfloat16.itemsize + self.cache
 
     @property
     def prefill(self) -> float:
@@ -201,9 +210,9 @@ class Forecast:
             f"{size(memory.moments + memory.gradients)}, activations {size(memory.activations)}, workspace "
             f"{size(memory.workspace)}; {size(self.machine.memory)} are there",
         ]
-        hidden = _hidden(self.config, recipe.length)
-        if hidden:
-            lines.append(f"windows: {hidden}")
+        unseen = hidden(self.config, recipe.length)
+        if unseen:
+            lines.append(f"windows: {unseen}")
         if process is None:
             lines.append(
                 "not counted: what libraries and kernels hold on the device, and freed memory in pieces"
@@ -271,62 +280,7 @@ class Forecast:
         return getattr(self._text, "num_key_value_heads", None) or self._text.num_attention_heads
 
 
-def by_method(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[Forecast]:
-    """Return the forecast of each method, activations kept and recomputed."""
-    return [
-        Forecast(config, replace(recipe, method=method, activations=activations, rate=None), machine)
-        for method in METHODS
-        for activations in ("kept", "recomputed")
-    ]
-
-
-def advice(config: PretrainedConfig, recipe: Recipe, machine: Machine) -> list[tuple[str, str]]:
-    """Return what to choose, each with its reason: positions, pattern, method, ranks, and other architectures."""
-    rows = [("positions", _positions(config, recipe.length)), ("pattern", _pattern(config, recipe))]
-    hidden = _hidden(config, recipe.length)
-    if hidden:
-        rows.append(("windows", hidden))
-    choices = by_method(config, recipe, machine)
-    choices = [each for name in ("lora+", "lora", "qlora") for each in choices if each.recipe.method == name]
-    alone = next((each for each in choices if each.fits), None)
-    if alone is not None:
-        reading = "each device reads windows of its own"
-        if recipe.sequence_ranks != 1:
-            reading = f"{alone.sharing} devices read each window together"
-        rows.append(
-            (
-                "method",
-                f"{alone.recipe.method}, activations {alone.recipe.activations}: {size(alone.memory.total)} of "
-                f"{size(machine.memory)}; {reading}",
-            )
-        )
-    else:
-        rows.append(("method", _sharing(choices, machine)))
-    if recipe.length >= _MILLION:
-        rows.append(
-            (
-                "instead",
-                "from a million tokens on, look at models whose state does not grow: Mamba-2 and its hybrids "
-                "(Jamba, Nemotron-H), gated delta nets (Qwen3-Next, Kimi Linear), RWKV-7; or at retrieval",
-            )
-        )
-    return rows
-
-
-def _pattern(config: PretrainedConfig, recipe: Recipe) -> str:
-    """Say what to read by while training."""
-    if recipe.window <= _DENSE:
-        return f'"Causal()": in windows of up to {_DENSE:,} tokens dense attention is cheap'
-    own = windows(config)
-    if all(window is not None and window <= _DENSE for window in own):
-        return f'"Causal()": every layer reads through a window of its own, of {max(own):,} tokens at most'
-    return (
-        f'"{NEAR["pattern"]}": windows of more than {_DENSE:,} tokens; the result reads as far as the model itself '
-        f"does all the same"
-    )
-
-
-def _hidden(config: PretrainedConfig, length: int) -> str:
+def hidden(config: PretrainedConfig, length: int) -> str:
     """Say how much of a text windows of the model's own hide from its last token, through all layers; "" is nothing."""
     own = windows(config)
     # As far back as all windows together, each of which includes the token that looks.
@@ -337,52 +291,3 @@ def _hidden(config: PretrainedConfig, length: int) -> str:
         f"the model's own, of {max(own):,} tokens, show a token {seen:,} of {length:,} through all {len(own)} layers, "
         f"however it is trained; what lies before cannot be found"
     )
-
-
-def _sharing(choices: list[Forecast], machine: Machine) -> str:
-    """Say how windows that no device holds whole can be read all the same."""
-    held = [each for each in choices if each.ranks is not None]
-    if not held:
-        least = min(choices, key=lambda each: each.lasting)
-        return (
-            f"none: weights, gradients and optimizer of {least.recipe.method} alone take {size(least.lasting)}, "
-            f"and a device has {size(machine.memory)}"
-        )
-    best = min(held, key=lambda each: each.ranks)
-    if best.ranks > machine.devices:
-        return f"{best.smaller()}: devices that hold a whole window together would be {best.ranks}"
-    return (
-        f"{best.recipe.method}, activations {best.recipe.activations}, each window shared by {best.ranks} devices "
-        f"(--sequence-ranks {best.ranks} --window {best.recipe.window}); or a window that skips (--window)"
-    )
-
-
-def _positions(config: PretrainedConfig, length: int) -> str:
-    """Say how positions are best stretched, among the methods that this model takes."""
-    reads = config.max_position_embeddings
-    if length <= reads:
-        return "as they are: the model reads that far already"
-    try:
-        now = parameters_of(config)
-    except InputError as error:
-        return f"none: {str(error).splitlines()[0]}"
-    before = now.get("rope_type", "default")
-    trained = now.get("original_max_position_embeddings") or reads
-    if before in GO_ON and _takes(config, before, length):
-        return f"{before}, which it was stretched by before: {length / trained:g} times the {trained:,} tokens it was trained on"
-    factor = length / reads
-    if factor <= 2 and _takes(config, "ntk", length):
-        return f"ntk: {factor:g} times further needs little or no training"
-    if not _takes(config, "yarn", length):
-        return f'frequencies that are told, such as --rope "Linear({length / trained:g})", or searched, --rope longrope: no other method is for this model'
-    if factor <= 32:
-        return f"yarn: {factor:g} times further, within what it was published for"
-    return f"yarn in several runs, or searched factors (LongRoPE): {factor:g} times further is more than 32"
-
-
-def _takes(config: PretrainedConfig, method: str, length: int) -> bool:
-    try:
-        extended(config, method=method, length=length)
-    except InputError:
-        return False
-    return True
