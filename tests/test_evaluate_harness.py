@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +15,13 @@ from tiny import byte_tokenizer, llama
 
 from longspan.evaluate import harness
 from longspan.hf import load_model, set_pattern
-from longspan.pattern import Streaming
+from longspan.pattern import Streaming, parse
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 import nltk
 import wonderwords
+from lm_eval._cli import HarnessCLI
+from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 
 # Tokens of an answer.
@@ -86,6 +90,25 @@ def test_a_local_task_runs_with_a_pattern(measured, tmp_path):
     dense = perplexity()
     assert perplexity(pattern="Causal()") == pytest.approx(dense, rel=1e-5)
     assert perplexity(pattern="SlidingWindow(4)") != pytest.approx(dense, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher:UserWarning")
+def test_the_commands_of_the_readme_name_what_there_is(monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+    commands = re.findall(r"^python -m longspan\.evaluate\.harness (.*)$", readme, flags=re.MULTILINE)
+    assert len(commands) == 2
+    there = TaskManager(include_path=[str(TASKS / "ruler"), str(TASKS / "longbench")], include_defaults=False)
+    for command in commands:
+        monkeypatch.setattr(sys, "argv", ["lm-eval", *shlex.split(command)])
+        asked = EvaluatorConfig.from_cli(HarnessCLI().parse_args())
+        assert asked.model == harness.NAME and set(asked.tasks) <= set(there.all_groups)
+        arguments = dict(asked.model_args)
+        assert arguments.pop("pretrained") == "out/longer"
+        if asked.tasks == ["ruler"]:
+            # Each of a prompt's tokens fits, and those that open the answer and are not counted.
+            assert arguments["max_length"] > max(asked.metadata["max_seq_lengths"])
+        else:
+            assert parse(arguments["pattern"]) == Streaming(1020, sinks=4)
 
 
 def written(folder, prompt):

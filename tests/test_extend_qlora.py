@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,8 @@ def test_a_model_of_any_width_is_extended_and_its_own_weights_stay_whole(tmp_pat
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     projections = ("q_proj", "k_proj", "v_proj", "o_proj")
     assert changed == {name for name in before if any(part in name for part in projections)}
+
+
+def test_what_bitsandbytes_says_when_it_is_imported_is_not_passed_on():
+    """With peft it comes into every run, whatever the method."""
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)

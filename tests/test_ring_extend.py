@@ -1,9 +1,10 @@
-"""Windows that several processes read together train the same model, whatever their number, and after an interruption."""
+"""Several processes train the model that one does: by windows read together, after an interruption, or by windows each."""
 
 from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,40 @@ def test_any_number_of_processes_trains_the_same_model(recipe: Recipe, tmp_path:
     assert went_on[0] == pytest.approx(alone[2:], abs=2e-6)
     whole, shared = (load_file(folder / "model.safetensors") for folder in (tmp_path / "alone", output))
     assert whole.keys() == shared.keys()
+    for name in whole:
+        torch.testing.assert_close(shared[name], whole[name], rtol=0, atol=1e-5)
+
+
+def trained(rank: int, recipe: Recipe, output: Path) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Extend a model as one process of several, and return its losses and what it has trained."""
+    found = {}
+    own = extension.train
+
+    def train(model: Any, *given: Any, **options: Any) -> int:
+        steps = own(model, *given, **options)
+        found.update(
+            {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+        )
+        return steps
+
+    extension.train = train
+    return process(rank, recipe, output, 0), found
+
+
+def test_processes_with_windows_of_their_own_train_as_one_does_with_all_of_them(
+    recipe: Recipe, tmp_path: Path
+):
+    """Data parallel, as torchrun and accelerate start it: each reads its share of a step, and all end with one model."""
+    own = replace(recipe, sequence_ranks=1)
+    two = together(tmp_path / "two", 2, trained, own, tmp_path / "shared")
+    [(losses, alone)] = together(tmp_path / "one", 1, trained, replace(own, batch=2), tmp_path / "alone")
+    [(first, weights), (second, others)] = two
+    assert first == second == pytest.approx(losses, abs=2e-6) and len(first) == STEPS
+    assert weights.keys() == others.keys() == alone.keys()
+    for name in weights:
+        torch.testing.assert_close(others[name], weights[name], rtol=0, atol=0)
+        torch.testing.assert_close(weights[name], alone[name], rtol=0, atol=1e-5)
+    whole, shared = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "shared"))
     for name in whole:
         torch.testing.assert_close(shared[name], whole[name], rtol=0, atol=1e-5)
 

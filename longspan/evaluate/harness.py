@@ -3,8 +3,8 @@
 lm-eval finds models by names that are registered when it runs, so it is started from here, with its own options:
 
     pip install "lm_eval[hf,ruler,longbench]"
-    python -m longspan.evaluate.harness --model longspan --model_args pretrained=out/longer \
-        --tasks ruler --metadata '{"max_seq_lengths": [4096, 8192]}'
+    python -m longspan.evaluate.harness --model longspan --tasks ruler \
+        --model_args pretrained=out/longer,max_length=8448 --metadata '{"max_seq_lengths": [4096, 8192]}'
     python -m longspan.evaluate.harness --model longspan --tasks longbench \
         --model_args '{"pretrained": "out/longer", "pattern": "Streaming(1020, sinks=4)"}'
 
@@ -12,7 +12,9 @@ Arguments of the model: `pretrained`, a folder or Hugging Face id; `pattern`, an
 reads densely; `dtype`, float32 by default; `device` and `batch_size`, by lm-eval's options of these names; and whatever
 lm-eval's own `hf` model takes for a model that is loaded already, such as `max_length`. A pattern with commas needs
 the arguments as JSON, as in the second example. RULER looks for its tokenizer by the same name, so that it needs a
-folder or id, not "default"; it fetches its essays and questions from the network, LongBench all of its data.
+folder or id, not "default"; it fetches its essays and questions from the network, LongBench all of its data. RULER does
+not count the words with which it opens an answer: without a `max_length` above the longest length by more than those,
+lm-eval cuts off the beginning of prompts.
 """
 
 from __future__ import annotations
