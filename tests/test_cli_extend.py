@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, llama
 from transformers import BertConfig, BertModel
 
 from longspan import cli
+from longspan.cli.extend import described
 from longspan.extend.recipe import CHOICES, FAR, NEAR, RATE, RATES, SHORTEST, STAGES, WHOLE, Recipe
 
 # Of a recipe, what has no number or word of its own by default.
@@ -198,6 +199,12 @@ def test_it_says_what_it_does_and_where_the_result_is(run, models, place):
     assert out == (
         f"the extended model is in {place}/out; compare: longspan eval {models}/tiny {place}/out\n"
     )
+
+
+@pytest.mark.parametrize(("together", "windows"), [(1, 12), (2, 6), (0, 3)])
+def test_all_windows_of_a_step_are_counted_whichever_process_reads_them(together, windows):
+    recipe = Recipe(length=2048, batch=3, sequence_ranks=together, steps=9)
+    assert f", 4 processes, 9 steps of {windows} x 2,048 tokens of the" in described(recipe, 4)
 
 
 def test_what_is_shown_as_the_default_is_the_recipe_s():

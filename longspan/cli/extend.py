@@ -205,7 +205,7 @@ def run(
                 extension.resume(output, device=place, timeout=patience, progress=task if first else None)
             else:
                 recipe = Recipe(**given)
-                note(described(recipe))
+                note(described(recipe, extension.ranks()))
                 extension.extend(
                     recipe,
                     output,
@@ -223,8 +223,8 @@ def run(
         typer.echo(f"the extended model is in {output}; compare: longspan eval {source} {output}")
 
 
-def described(recipe: Recipe) -> str:
-    """Return one line that says what a recipe does."""
+def described(recipe: Recipe, processes: int = 1) -> str:
+    """Return one line that says what a recipe does, and on how many processes."""
     model, text = recipe.model or "the default model", recipe.text or "the standard library"
     parts = [recipe.rope.partition("(")[0], "; ".join(recipe.patterns(recipe.window))]
     if recipe.method != Recipe.method:
@@ -237,5 +237,8 @@ def described(recipe: Recipe) -> str:
         parts.append("packed documents")
     if recipe.sequence_ranks != 1:
         parts.append(f"each window on {recipe.sequence_ranks or 'all'} processes")
-    windows = f"{recipe.batch * recipe.accumulate} x {recipe.window:,} tokens"
+    if processes > 1:
+        parts.append(f"{processes} processes")
+    groups = max(1, processes // (recipe.sequence_ranks or processes))
+    windows = f"{groups * recipe.batch * recipe.accumulate} x {recipe.window:,} tokens"
     return f"extending {model} to {recipe.length:,} tokens: {', '.join(parts)}, {recipe.steps} steps of {windows} of {text}"
