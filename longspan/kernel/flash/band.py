@@ -26,7 +26,6 @@ class Band:
         query, key: where the rectangles lie.
         shape: how many rectangles, outer and inner.
         low, high: places; None where the rectangle is the only limit on that side.
-        fresh: no band before this one touches its queries.
     """
 
     query: Lattice
@@ -34,7 +33,6 @@ class Band:
     shape: tuple[int, int]
     low: int | None = None
     high: int | None = None
-    fresh: bool = False
 
     @property
     def rectangles(self) -> int:
@@ -44,6 +42,19 @@ class Band:
     def causal(self) -> bool:
         """Whether it is the lower triangle of a square."""
         return self.low is None and self.high == 0 and self.query.places == self.key.places
+
+    @property
+    def apart(self) -> bool:
+        """Whether its rectangles are seen to have no key in common."""
+        levels = zip(
+            (self.key.step, self.key.inner, self.key.outer), (self.key.places, *self.shape[::-1]), strict=True
+        )
+        reach = 0
+        for advance, number in sorted((abs(advance), number) for advance, number in levels if number > 1):
+            if advance <= reach:
+                return False
+            reach += advance * (number - 1)
+        return True
 
     @property
     def window(self) -> tuple[int, int]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from longspan.kernel.flash.band import Band
 from longspan.kernel.flash.joins import below, beside, chained, trimmed
@@ -39,8 +38,8 @@ class BandGroup:
 
 
 @lru_cache(maxsize=256)
-def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, ...] | str:
-    """Return the bands of groups of heads over a number of queries, or say what is no band.
+def band_groups(groups: tuple[HeadGroup, ...]) -> tuple[BandGroup, ...] | str:
+    """Return the bands of groups of heads, or say what is no band.
 
     Law: the bands of a group hold every pair as often as its parts do.
 
@@ -48,7 +47,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
         >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal, Window
         >>> alone = HeadGroup(range(1), parts(Causal() & Window(512), range(8192), range(8192)))
-        >>> [group] = band_groups((alone,), 8192)
+        >>> [group] = band_groups((alone,))
         >>> print(*group.bands)
         1 x window 8,192 queries by 8,192 keys
         >>> group.bands[0].window
@@ -58,7 +57,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
     made = []
     for group in groups:
         if group.parts not in known:
-            known[group.parts] = bands(group.parts, length)
+            known[group.parts] = bands(group.parts)
         found = known[group.parts]
         if isinstance(found, str):
             return found
@@ -66,7 +65,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
     return tuple(made)
 
 
-def bands(parts: Sequence[Part], length: int) -> tuple[Band, ...] | str:
+def bands(parts: Sequence[Part]) -> tuple[Band, ...] | str:
     """Return the bands of one head, or say what is no band."""
     pieces: list[Band] = []
     for part in parts:
@@ -81,7 +80,7 @@ def bands(parts: Sequence[Part], length: int) -> tuple[Band, ...] | str:
         (single if piece.rectangles == 1 or few else whole).extend(_apart(piece) if few else [piece])
     joined = map(trimmed, below(beside(single)))
     made = [*map(trimmed, whole), *_together(piece for piece in joined if piece)]
-    return _marked([piece for piece in made if piece], length)
+    return tuple(piece for piece in made if piece)
 
 
 def _apart(piece: Band) -> Iterator[Band]:
@@ -182,17 +181,3 @@ def _piece(whole: Band, rows: np.ndarray, first: np.ndarray, last: np.ndarray) -
         None if low is None else low + start - begin,
         None if high is None else high + start - begin,
     )
-
-
-def _marked(made: list[Band], length: int) -> tuple[Band, ...]:
-    """Return the bands with those marked whose queries no band before them touches."""
-    touched = np.zeros(length, dtype=bool)
-    marked = []
-    for band in made:
-        query = band.query
-        rows = as_strided(
-            touched[query.start :], (*band.shape, query.places), (query.outer, query.inner, query.step)
-        )
-        marked.append(replace(band, fresh=not marked or not rows.any()))
-        rows[...] = True
-    return tuple(marked)
