@@ -15,7 +15,8 @@ from test_kernel_matrix import check, tensors
 from torch import Tensor
 
 from longspan import plan
-from longspan.kernel import reference
+from longspan.errors import PlanError
+from longspan.kernel import rates, reference
 from longspan.kernel.flash import flash, libraries, provider
 from longspan.kernel.flash.bands import band_groups
 from longspan.kernel.plan import _plan, head_groups
@@ -336,6 +337,27 @@ def test_a_package_takes_what_pytorch_was_built_without(monkeypatch: pytest.Monk
     assert "FlashAttention 2 flash_attn_2_cuda is not installed" in str(why)
 
 
+def test_a_device_that_none_is_made_for_is_refused(monkeypatch: pytest.MonkeyPatch):
+    on(monkeypatch, (7, 5))
+    with pytest.raises(PlanError) as raised:
+        plan_of(Causal(), 4_096)
+    assert (
+        "flash  cuDNN is not taken for compute capability 7.5; "
+        "FlashAttention 3 is not taken for compute capability 7.5; "
+        "FlashAttention 4 is not taken for compute capability 7.5; "
+        "PyTorch is not taken for compute capability 7.5; "
+        "FlashAttention 2 is not taken for compute capability 7.5"
+    ) in str(raised.value)
+
+
+def test_what_several_groups_read_alike_counts_as_one_call(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(rates, "CALL", 10**15)
+    groups = head_groups(LongNet((512, 2_048), (1, 4)), 8, range(8_192), range(8_192))
+    banded = band_groups(groups)
+    assert not isinstance(banded, str) and len(banded) == 4
+    assert str(rates.dearer.__wrapped__(groups, banded, 8_192)).startswith("takes 5 calls")
+
+
 def test_another_signature_is_left_alone(monkeypatch: pytest.MonkeyPatch):
     """A library that takes other arguments than those known is not called, and is said to be."""
     on(monkeypatch, (9, 0))
@@ -350,7 +372,11 @@ def test_another_signature_is_left_alone(monkeypatch: pytest.MonkeyPatch):
 # Where there is a CUDA device.
 
 
-@pytest.mark.parametrize("pattern", [Causal(), Chunk(2_048), Chunk(2_048) & Causal(), S2(4_096)], ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [Causal(), Chunk(2_048), Chunk(2_048) & Causal(), S2(4_096), Causal() + Chunk(2_048)],
+    ids=str,
+)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
 def test_cuda_keeps_to_the_formula_where_cudnn_can(pattern: Pattern):
     """Whatever the device has takes it; merged parts too, of which cuDNN is given the log-sum-exp of the whole."""

@@ -119,7 +119,9 @@ class CuDNN:
 
     @staticmethod
     def missing() -> str | None:
-        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        # What stands in its place on ROCm counts its versions otherwise.
+        there = torch.backends.cudnn.is_available() and torch.version.hip is None
+        version = torch.backends.cudnn.version() if there else None
         if version is None or version < 90_000:
             return f"needs cuDNN 9, got {'none' if version is None else version}"
         if not torch.backends.cuda.cudnn_sdp_enabled():

@@ -13,9 +13,9 @@ from longspan.kernel.flash.bands import BandGroup
 from longspan.kernel.flash.libraries import CuDNN, Four, Library, Three, Torch, Two
 from longspan.kernel.lattice.parts import Lattice
 
-# Compute capabilities: the first one of a kind, and the first one of the next.
 Capability = tuple[int, int]
-AMPERE, HOPPER, ADA_NEXT, BLACKWELL_NEXT = (8, 0), (9, 0), (10, 0), (11, 0)
+# First numbers of compute capabilities: all that have the instructions, Hopper, and Hopper with Blackwell's servers.
+ALL, HOPPER, SERVERS = range(8, 100), range(9, 10), range(9, 11)
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Provider:
     Attributes:
         name: as plans say it.
         library: how it is called.
-        since, until: compute capabilities that it is taken for; None for no end.
+        devices: compute capabilities that it is taken for, by their first numbers.
         widest: numbers in a head, at most.
         windows: whether it takes bands other than causal and plain ones.
         least: places on either side of a call, at least.
@@ -35,8 +35,7 @@ class Provider:
 
     name: str
     library: type[Library]
-    since: Capability
-    until: Capability | None
+    devices: range
     widest: int
     windows: bool = True
     least: int = 1
@@ -45,7 +44,7 @@ class Provider:
 
     def refusal(self, band: Band, width: int, capability: Capability) -> str | None:
         """Say why it does not take a band, or None where it does."""
-        if not self.since <= capability < (self.until or (99, 0)):
+        if capability[0] not in self.devices:
             return f"is not taken for compute capability {'.'.join(map(str, capability))}"
         if width > self.widest:
             return f"takes heads of {self.widest} numbers at most, got {width}"
@@ -67,11 +66,11 @@ class Provider:
 # 196678, cudnn-frontend issue 1072), so there is none. Kernels made for a device come before those that run anywhere,
 # and PyTorch's own before a package of the same kernels.
 PROVIDERS = (
-    Provider("cuDNN", CuDNN, HOPPER, BLACKWELL_NEXT, 128, windows=False, least=2_048, tile=128, steps=False),
-    Provider("FlashAttention 3", Three, HOPPER, ADA_NEXT, 256),
-    Provider("FlashAttention 4", Four, HOPPER, BLACKWELL_NEXT, 128),
-    Provider("PyTorch", Torch, AMPERE, None, 256),
-    Provider("FlashAttention 2", Two, AMPERE, None, 256),
+    Provider("cuDNN", CuDNN, SERVERS, 128, windows=False, least=2_048, tile=128, steps=False),
+    Provider("FlashAttention 3", Three, HOPPER, 256),
+    Provider("FlashAttention 4", Four, SERVERS, 128),
+    Provider("PyTorch", Torch, ALL, 256),
+    Provider("FlashAttention 2", Two, ALL, 256),
 )
 
 # Numbers in a head that one of them takes, at most.
