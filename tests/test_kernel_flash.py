@@ -272,6 +272,19 @@ Plan
     )
 
 
+def test_what_waits_to_be_merged_is_counted():
+    """Bytes beside inputs, outputs and gradients, forward: results of the calls, with sums of them where there are any."""
+
+    def forward(pattern: Pattern) -> int:
+        made = plan(pattern, length=1_024, heads=4, width=64, dtype="bfloat16", device="cuda", kernel="flash")
+        return made.workspace[0]
+
+    row = 2 * 64 + 4
+    # Two segments of each of four heads in one call; or of all of them one row, and a quarter of a row beside it.
+    assert forward(Chunk(512) & Causal()) == 4 * 1_024 * row
+    assert forward(LongNet((256, 1_024), (1, 4))) == 4 * 1_024 * (4 * 64 + row + row // 4)
+
+
 def test_the_cheaper_kernel_is_chosen():
     """Terms in different layouts are merged by either; sinks beside a window by flash attention alone."""
 

@@ -90,14 +90,16 @@ def workspace(
         return 0, heads * queries * 4 * (1 + width)
     rows = max((band.query.places * band.shape[1] for band in bands), default=0)
     columns = max((band.key.places * band.shape[1] for band in bands), default=0)
-    # Outputs of two bytes a number wait for one another, with their log-sum-exps.
+    # A result of one row has two bytes a number, and its log-sum-exp four.
+    whole, result = heads * width * 4, 2 * width + 4
+    backward = whole * (2 * keys + rows + 2 * columns)
+    if order(groups, heads, queries, heads, keys).layers <= 1:
+        return heads * rows * result, backward
+    # Results wait for one another, and are then summed in float32.
     waiting = sum(
-        len(group.heads) * band.query.places * band.rectangles * (2 * width + 4)
-        for group in groups
-        for band in group.bands
+        len(group.heads) * band.query.places * band.rectangles for group in groups for band in group.bands
     )
-    whole = heads * width * 4
-    return whole * queries + waiting, whole * (queries + 2 * keys + rows + 2 * columns)
+    return whole * queries + waiting * result, backward + whole * queries
 
 
 def attend(
