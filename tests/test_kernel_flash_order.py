@@ -14,11 +14,27 @@ from strategies import patterns
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longspan.kernel import reference
 from longspan.kernel.flash import flash
+from longspan.kernel.flash.band import distinct
 from longspan.kernel.flash.bands import band_groups
 from longspan.kernel.flash.order import Order, order
 from longspan.kernel.plan import head_groups
-from longspan.pattern import S2, SCCA, Causal, LongMixed, LongNet, Nothing, Pattern, SlidingWindow, Streaming
+from longspan.pattern import (
+    S2,
+    SCCA,
+    Causal,
+    Chosen,
+    Dilated,
+    Keys,
+    LongMixed,
+    LongNet,
+    Nothing,
+    Pattern,
+    SlidingWindow,
+    Streaming,
+)
+from longspan.score import Scores
 
 LENGTH, HEADS, KEY_HEADS = 512, 16, 4
 # What starts no kernel: views, and room that nothing is written to.
@@ -96,6 +112,28 @@ def test_rectangles_that_share_no_key_are_added_at_once():
     _, backward = launches(LongMixed(16))
     calls = backward["_flash_attention_backward"]
     assert backward["copy_"] + backward["add_"] <= 3 * calls
+
+
+# Rectangles.
+
+# Two keys that all read, and every third one: rows of two at every place, each of them in two rectangles.
+OVERLAPPING = (Keys((0, 2)) | Dilated(3)).T.T
+# Blocks of keys from the last to the first, which no view reads in one.
+BACKWARDS = Chosen([[3], [2], [1], [0]], size=8)
+
+
+@pytest.mark.parametrize("pattern", [OVERLAPPING, BACKWARDS], ids=["overlapping", "backwards"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_rectangles_of_one_call_share_no_query_and_go_on(pattern: Pattern, batch: int):
+    groups = band_groups(head_groups(pattern, 2, range(32), range(32)))
+    assert not isinstance(groups, str)
+    for band in groups[0].bands:
+        assert distinct(band.query, band.shape) and min(band.key.outer, band.key.inner) >= 0
+    query, key, value = (torch.randn(batch, 2, 32, 8, dtype=torch.float64) for _ in range(3))
+    with flash_on_cpu():
+        output, _ = flash.attend(query, key, value, None, flash.Work(groups, 0.3))
+    truth, _ = reference.attend(query, key, value, pattern, queries=range(32), scale=0.3, changes=Scores())
+    torch.testing.assert_close(output, truth, rtol=0, atol=1e-9)
 
 
 # The law.

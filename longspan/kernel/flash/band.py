@@ -11,6 +11,17 @@ from longspan.derive.tiling import SIZE
 from longspan.kernel.lattice.parts import Lattice
 
 
+def distinct(side: Lattice, shape: tuple[int, int]) -> bool:
+    """Say whether rectangles are seen to have no place in common: each level reaches over all that is within it."""
+    levels = zip((side.step, side.inner, side.outer), (side.places, *shape[::-1]), strict=True)
+    reach = 0
+    for advance, number in sorted((abs(advance), number) for advance, number in levels if number > 1):
+        if advance <= reach:
+            return False
+        reach += advance * (number - 1)
+    return True
+
+
 @dataclass(frozen=True)
 class Band:
     """A lattice of equal rectangles of pairs, in each of which row r reads the columns r + low to r + high.
@@ -23,7 +34,7 @@ class Band:
     ```
 
     Attributes:
-        query, key: where the rectangles lie.
+        query, key: where the rectangles lie; no two of them have a query in common.
         shape: how many rectangles, outer and inner.
         low, high: places; None where the rectangle is the only limit on that side.
     """
@@ -46,15 +57,7 @@ class Band:
     @property
     def apart(self) -> bool:
         """Whether its rectangles are seen to have no key in common."""
-        levels = zip(
-            (self.key.step, self.key.inner, self.key.outer), (self.key.places, *self.shape[::-1]), strict=True
-        )
-        reach = 0
-        for advance, number in sorted((abs(advance), number) for advance, number in levels if number > 1):
-            if advance <= reach:
-                return False
-            reach += advance * (number - 1)
-        return True
+        return distinct(self.key, self.shape)
 
     @property
     def window(self) -> tuple[int, int]:

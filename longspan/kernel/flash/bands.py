@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from longspan.kernel.flash.band import Band
+from longspan.kernel.flash.band import Band, distinct
 from longspan.kernel.flash.joins import below, beside, chained, trimmed
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.numbers import named
@@ -106,14 +106,16 @@ def _together(pieces: Iterable[Band]) -> Iterator[Band]:
         while equal:
             starts = np.array([(piece.query.start, piece.key.start) for piece in equal])
             jumps = np.diff(starts, axis=0)
-            # No two rectangles of a lattice have queries in common.
-            regular = (jumps == jumps[:1]).all(axis=1) & (jumps[:, 0] > 0)
+            regular = (jumps == jumps[:1]).all(axis=1)
             number = 1 + int(np.append(regular, False).argmin())
             query, key = equal[0].query, equal[0].key
             if number > 1:
-                query, key = (
-                    replace(side, inner=int(jump)) for side, jump in zip((query, key), jumps[0], strict=True)
-                )
+                moved = replace(query, inner=int(jumps[0, 0]))
+                # PyTorch has no views that go backwards.
+                if distinct(moved, (1, number)) and jumps[0, 1] >= 0:
+                    query, key = moved, replace(key, inner=int(jumps[0, 1]))
+                else:
+                    number = 1
             yield replace(equal[0], query=query, key=key, shape=(1, number))
             equal[:number] = []
 
