@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from longspan.kernel import reference
+from longspan.kernel.flash import bands as bands_module
 from longspan.kernel.flash import flash
 from longspan.kernel.flash.band import distinct
 from longspan.kernel.flash.bands import band_groups
 from longspan.kernel.flash.order import Order, order
+from longspan.kernel.lattice.parts import parts
 from longspan.kernel.plan import head_groups
 from longspan.pattern import (
     S2,
@@ -134,6 +136,17 @@ def test_rectangles_of_one_call_share_no_query_and_go_on(pattern: Pattern, batch
         output, _ = flash.attend(query, key, value, None, flash.Work(groups, 0.3))
     truth, _ = reference.attend(query, key, value, pattern, queries=range(32), scale=0.3, changes=Scores())
     torch.testing.assert_close(output, truth, rtol=0, atol=1e-9)
+
+
+def test_lattices_that_go_backwards_are_taken_apart(monkeypatch: pytest.MonkeyPatch):
+    """However many rectangles they have; more than all bands that are looked at are refused."""
+    monkeypatch.setattr(bands_module, "FEW", 0)
+    lattices = parts((Dilated(4, offset=2) & ~Keys()).T, range(61), range(61), size=4)
+    assert any(part.key.inner < 0 for part in lattices)
+    found = bands_module.bands(lattices)
+    assert not isinstance(found, str) and not any(band.backwards for band in found)
+    monkeypatch.setattr(bands_module, "MOST", len(found) - 1)
+    assert isinstance(bands_module.bands(lattices), str)
 
 
 # The law.

@@ -60,6 +60,12 @@ class Band:
         return distinct(self.key, self.shape)
 
     @property
+    def backwards(self) -> bool:
+        """Whether a later rectangle has earlier keys, which PyTorch has no views for."""
+        advances = zip(self.shape, (self.key.outer, self.key.inner), strict=True)
+        return any(number > 1 and advance < 0 for number, advance in advances)
+
+    @property
     def window(self) -> tuple[int, int]:
         """How far back and ahead a row reads, as flash attention counts it: from the diagonal that ends in the last
         row and column; -1 for no limit."""

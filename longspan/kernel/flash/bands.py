@@ -21,6 +21,7 @@ from longspan.kernel.lattice.parts import Lattice, Part
 
 # Parts and bands of one group of heads that are looked at, at most: each is a call.
 MOST = 256
+_TOO_MANY = f"takes bands, and this is more than {MOST} of them"
 # Rectangles of a lattice that are looked at one by one, at most.
 FEW = 64
 
@@ -71,16 +72,18 @@ def bands(parts: Sequence[Part]) -> tuple[Band, ...] | str:
     for part in parts:
         cut = list(_pieces(part))
         if len(pieces) + len(cut) > MOST:
-            return f"takes bands, and this is more than {MOST} of them"
+            return _TOO_MANY
         pieces += cut
     whole, single = [], []
     for piece in map(chained, beside(map(chained, pieces))):
-        # Rows of blocks that were put together for looking alike, where their neighbours look different.
-        few = 1 < piece.rectangles <= FEW
-        (single if piece.rectangles == 1 or few else whole).extend(_apart(piece) if few else [piece])
+        # Rows of blocks that were put together for looking alike, where their neighbours look different, and what no
+        # view reads in one.
+        apart = 1 < piece.rectangles <= FEW or piece.backwards
+        (single if piece.rectangles == 1 or apart else whole).extend(_apart(piece) if apart else [piece])
     joined = map(trimmed, below(beside(single)))
     made = [*map(trimmed, whole), *_together(piece for piece in joined if piece)]
-    return tuple(piece for piece in made if piece)
+    found = tuple(piece for piece in made if piece)
+    return found if len(found) <= MOST else _TOO_MANY
 
 
 def _apart(piece: Band) -> Iterator[Band]:
@@ -111,7 +114,6 @@ def _together(pieces: Iterable[Band]) -> Iterator[Band]:
             query, key = equal[0].query, equal[0].key
             if number > 1:
                 moved = replace(query, inner=int(jumps[0, 0]))
-                # PyTorch has no views that go backwards.
                 if distinct(moved, (1, number)) and jumps[0, 1] >= 0:
                     query, key = moved, replace(key, inner=int(jumps[0, 1]))
                 else:
