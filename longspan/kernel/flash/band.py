@@ -34,7 +34,7 @@ class Band:
     ```
 
     Attributes:
-        query, key: where the rectangles lie; no two of them have a query in common.
+        query, key: where the rectangles lie; no two of them have a query in common, or all have the same.
         shape: how many rectangles, outer and inner.
         low, high: places; None where the rectangle is the only limit on that side.
     """
