@@ -14,7 +14,7 @@ from test_kernel_matrix import COMPOSED, PATTERNS, RANGES, check, tensors
 from longspan import attend, plan
 from longspan.errors import PlanError
 from longspan.kernel import reference
-from longspan.kernel.flash import flash, views
+from longspan.kernel.flash import flash, provider, views
 from longspan.kernel.flash.bands import band_groups, bands
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.parts import parts
@@ -58,7 +58,7 @@ def work(
         HeadGroup(some, parts(pattern.at_head(some[0], heads), queries, range(keys), size=size))
         for some in alike
     )
-    found = band_groups(groups, len(queries))
+    found = band_groups(groups)
     return found if isinstance(found, str) else flash.Work(found, 0.3)
 
 
@@ -120,7 +120,7 @@ def test_key_heads_are_shared_by_neighbours(heads: tuple[int, int], calls: list)
     for pattern in (SlidingWindow(9), S2(9), LongNet((8, 32), (1, 4)), LongMixed(9)):
         leaves = [side.detach().requires_grad_() for side in (query, key, value)]
         groups = head_groups(pattern, heads[0], range(97), range(97))
-        asked = flash.Work(band_groups(groups, 97), 0.3)
+        asked = flash.Work(band_groups(groups), 0.3)
         results = []
         for found in (
             reference.attend(*leaves, pattern, queries=range(97), scale=0.3, changes=PLAIN),
@@ -130,7 +130,7 @@ def test_key_heads_are_shared_by_neighbours(heads: tuple[int, int], calls: list)
         for right, got in zip(*results, strict=True):
             torch.testing.assert_close(got, right, rtol=0, atol=1e-9)
     calls.clear()
-    compute = flash.Work(band_groups(head_groups(SlidingWindow(9), heads[0], range(97), range(97)), 97), 0.3)
+    compute = flash.Work(band_groups(head_groups(SlidingWindow(9), heads[0], range(97), range(97))), 0.3)
     flash.forward(query, key, value, None, compute)
     assert [call["key"].shape[2] for call in calls] == [heads[1]]
 
@@ -142,60 +142,12 @@ def test_sinks_and_rows_that_read_nothing(calls: list):
         assert compare(pattern, range(2, 97, 3), 97, sinks=logits)
 
 
-@pytest.mark.parametrize("capturing", [False, True], ids=["waiting", "capturing"])
-@pytest.mark.parametrize("spoiled", ["query", "key", "value", "output", "lse", "infinite value"])
-def test_what_is_no_number_stays_with_what_reads_it(
-    spoiled: str, capturing: bool, calls: list, monkeypatch: pytest.MonkeyPatch
-):
-    """With and without a look at the numbers; nothing waits for them while a graph is captured."""
-    if capturing:
-        monkeypatch.setattr(flash, "capturing", lambda side: True)
-    worst = math.inf if spoiled == "infinite value" else math.nan
-    for pattern in (
-        SlidingWindow(7),
-        LongNet((8, 32), (1, 4)),
-        Streaming(9),
-        Window(9),
-        Causal() - Window(20),
-    ):
-        given = tensors(31, 31, torch.float64, CPU)
-        into = [torch.ones_like(given[0]), torch.ones_like(given[0][..., 0])]
-        target = [*given, *into][["query", "key", "value", "output", "lse"].index(spoiled.split()[-1])]
-        for place in ((0, 1, 12), (1, 0, 30)):
-            target[place] = worst
-        asked, results = work(pattern, range(31), 31), []
-        for kernel in ("reference", "flash"):
-            leaves = [side.detach().requires_grad_() for side in given]
-            if kernel == "reference":
-                found = reference.attend(*leaves, pattern, queries=range(31), scale=0.3, changes=PLAIN)
-            else:
-                found = flash.attend(*leaves, None, asked)
-            results.append([*found, *torch.autograd.grad(found, leaves, into)])
-        for right, got in zip(*results, strict=True):
-            torch.testing.assert_close(got, right, rtol=0, atol=1e-10, equal_nan=True)
-
-
-def test_a_captured_graph_is_never_waited_for(calls: list, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(flash, "capturing", lambda side: True)
-    waited = []
-    for name in ("isfinite", "__bool__", "item"):
-        waits = getattr(torch.Tensor, name)
-        monkeypatch.setattr(
-            torch.Tensor, name, lambda side, waits=waits, name=name: waited.append(side.dim()) or waits(side)
-        )
-    leaves = [side.requires_grad_() for side in tensors(31, 31, torch.float64, CPU)]
-    for part in flash.attend(*leaves, None, work(LongMixed(9), range(31), 31)):
-        torch.autograd.grad(part.sum(), leaves, retain_graph=True)
-    # Rows are looked through, but no number is asked for.
-    assert waited and 0 not in waited
-
-
 # Views and calls.
 
 
 def window(pattern: Pattern, length: int, size: int = 128) -> list[tuple[str, tuple[int, int]]]:
     """Return the bands of one head in words, and their windows."""
-    found = bands(parts(pattern, range(length), range(length), size=size), length)
+    found = bands(parts(pattern, range(length), range(length), size=size))
     return [(str(band), band.window) for band in found]
 
 
@@ -237,7 +189,7 @@ def test_tensors_are_read_where_they_lie(calls: list):
 
 def test_one_band_is_given_back_as_it_comes(calls: list):
     side = torch.randn(2, 300, 4, 16).transpose(1, 2).requires_grad_()
-    groups = band_groups(head_groups(SlidingWindow(20), 4, range(300), range(300)), 300)
+    groups = band_groups(head_groups(SlidingWindow(20), 4, range(300), range(300)))
     output, _ = flash.attend(side, side, side, None, flash.Work(groups, 0.25))
     assert output.transpose(1, 2).is_contiguous()
     torch.autograd.grad(output.sum(), side)
@@ -249,7 +201,7 @@ def test_kernels_load_rows_from_where_they_can(width: int, calls: list):
     """Widths are made multiples of 8, and what lies askew is copied."""
     whole = torch.randn(1, 2, 40, width + 3, dtype=torch.bfloat16)
     given = [whole[..., 1 : 1 + width], *(torch.randn(1, 2, 40, width).bfloat16() for _ in range(2))]
-    groups = band_groups(head_groups(SlidingWindow(9), 2, range(40), range(40)), 40)
+    groups = band_groups(head_groups(SlidingWindow(9), 2, range(40), range(40)))
     output, _ = flash.forward(*given, None, flash.Work(groups, 0.3))
     truth = attend(*[side.double() for side in given], SlidingWindow(9), scale=0.3)
     torch.testing.assert_close(output.double(), truth, rtol=0.01, atol=0.02)
@@ -293,7 +245,9 @@ def test_what_is_not_taken():
     assert flash.kind_refusal("cuda", "float16", 256) is None
 
 
-def test_the_plan_of_flash():
+def test_the_plan_of_flash(monkeypatch: pytest.MonkeyPatch):
+    """Where there is no device to be asked."""
+    monkeypatch.setattr(provider, "capability", lambda device=None: None)
     made = plan(SlidingWindow(512), length=8192, heads=8, dtype="bfloat16", device="cuda")
     assert (
         str(made)
@@ -310,11 +264,25 @@ Plan
   flops      8,322,023,424 forward
   workspace  0 bytes forward, 17.0 MB backward at most
   kernel     flash
+  by         PyTorch, where there is no device to ask for a faster one
   refused    native: runs on cpu, got cuda
   refused    sdpa: runs on cpu, got cuda
   heads 0 to 7
     1 x window 8,192 queries by 8,192 keys"""
     )
+
+
+def test_what_waits_to_be_merged_is_counted():
+    """Bytes beside inputs, outputs and gradients, forward: results of the calls, with sums of them where there are any."""
+
+    def forward(pattern: Pattern) -> int:
+        made = plan(pattern, length=1_024, heads=4, width=64, dtype="bfloat16", device="cuda", kernel="flash")
+        return made.workspace[0]
+
+    row = 2 * 64 + 4
+    # Two segments of each of four heads in one call; or of all of them one row, and a quarter of a row beside it.
+    assert forward(Chunk(512) & Causal()) == 4 * 1_024 * row
+    assert forward(LongNet((256, 1_024), (1, 4))) == 4 * 1_024 * (4 * 64 + row + row // 4)
 
 
 def test_the_cheaper_kernel_is_chosen():

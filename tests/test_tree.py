@@ -50,6 +50,8 @@ KERNEL = [
 OPTIONAL = {
     "accelerate",
     "datasets",
+    "flash_attn",
+    "flash_attn_interface",
     "huggingface_hub",
     "matplotlib",
     "peft",

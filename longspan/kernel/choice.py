@@ -79,7 +79,7 @@ def run(
 
 def work(pattern: Pattern, heads: int, queries: range, keys: int, scale: float) -> flash.Work:
     """Return what the flash kernel is asked, for a pattern that it does not refuse."""
-    banded = band_groups(head_groups(pattern, heads, queries, range(keys)), len(queries))
+    banded = band_groups(head_groups(pattern, heads, queries, range(keys)))
     return flash.Work(banded, scale)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -10,10 +11,10 @@ import torch
 from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, elided, message
-from longspan.kernel.flash import flash
+from longspan.kernel.flash import flash, provider
 from longspan.kernel.flash.bands import BandGroup, band_groups
 from longspan.kernel.flex import family, flex
-from longspan.kernel.lattice.calls import HeadGroup
+from longspan.kernel.lattice.calls import HeadGroup, regular
 from longspan.kernel.lattice.numbers import listed, named
 from longspan.kernel.lattice.parts import Part, parts
 from longspan.kernel.lattice.summary import BlockCounts, block_counts, contiguous_area, most_keys
@@ -157,6 +158,7 @@ class Plan:
             ("flops", f"{self.flops:,} forward"),
             ("workspace", self._workspace()),
             ("kernel", self.kernel),
+            *self._flash(),
             *(("refused", f"{name}: {why}") for name, why in self.refused),
         ]
         lines = [f"  {label:<9}  {text}" for label, text in rows]
@@ -168,6 +170,11 @@ class Plan:
             if not group.parts:
                 lines.append("    read nothing" if len(group.heads) > 1 else "    reads nothing")
         return "\n".join(["Plan", *lines])
+
+    def _flash(self) -> Iterator[tuple[str, str]]:
+        """Yield which flash attention takes the bands, as it is now."""
+        if self.kernel == "flash":
+            yield from provider.account(self.calls, flash.taken_width(self.width), provider.capability())
 
     def _workspace(self) -> str:
         forward, backward = map(size, self.workspace)
@@ -276,8 +283,10 @@ def _plan(
     if device == "cuda":
         refusals["sdpa"] = sdpa.device_refusal(device)
         refusals["flex"] = flex.dtype_refusal(dtype)
-        refusals["flash"] = flash.kind_refusal(device, dtype, width) or flash_refusal(
-            pattern, heads, queries, keys, asked=kernel == "flash"
+        refusals["flash"] = (
+            flash.kind_refusal(device, dtype, width)
+            or provider.refusal(flash.taken_width(width), provider.capability())
+            or flash_refusal(pattern, heads, queries, keys, asked=kernel == "flash")
         )
     elif kernel == "flex":
         refusals["flex"] = refusals["reference"]
@@ -290,7 +299,7 @@ def _plan(
         # Where the lists are made does not change them.
         calls = family.groups(pattern, heads, queries, keys, torch.device("cpu"))
     elif chosen == "flash":
-        calls = band_groups(grouped, len(queries))
+        calls = band_groups(grouped)
     return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)
 
 
@@ -330,7 +339,7 @@ def choose(
 def flash_refusal(pattern: Pattern, heads: int, queries: range, keys: range, *, asked: bool) -> str | None:
     """Say why flash attention does not take a pattern, or flex does it cheaper where it is not asked for by name."""
     grouped = head_groups(pattern, heads, queries, keys)
-    found = band_groups(grouped, len(queries))
+    found = band_groups(grouped)
     if isinstance(found, str):
         return found
     return None if asked else dearer(grouped, found, len(queries))
@@ -356,16 +365,5 @@ def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tu
         same.setdefault(simplify(single), (single, []))[1].extend(members)
     for single, members in same.values():
         done = parts(single, queries, keys)
-        groups.extend(HeadGroup(regular, done) for regular in _regular(sorted(members)))
+        groups.extend(HeadGroup(run, done) for run in regular(sorted(members)))
     return tuple(groups)
-
-
-def _regular(members: list[int]) -> list[range]:
-    """Cut ascending numbers into ranges."""
-    ranges = []
-    while members:
-        step = members[1] - members[0] if len(members) > 1 else 1
-        size = next((n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members))
-        ranges.append(range(members[0], members[size - 1] + 1, step))
-        members = members[size:]
-    return ranges

@@ -19,7 +19,7 @@ from longspan.kernel.flash.bands import BandGroup
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.summary import block_counts
 
-# Reading a part's row, and reading and writing the row that it is merged into.
+# Reading a part's row, and reading and writing the row that it is added to.
 MERGE = 512
 # Starting a call, of one kernel and of one that is started by way of a compiled Python function.
 CALL, COMPILED = 1 << 19, 1 << 22
@@ -38,7 +38,8 @@ def dearer(groups: tuple[HeadGroup, ...], banded: tuple[BandGroup, ...], length:
     """
     computed = sum(len(group.heads) * band.area for group in banded for band in group.bands)
     merged = sum(len(group.heads) * _merged(group.bands, length) for group in banded)
-    number = sum(band.shape[0] for group in banded for band in group.bands)
+    # What several groups read alike is called once for all of them.
+    number = sum(band.shape[0] for band in {band for group in banded for band in group.bands})
     blocks = sum(len(group.heads) * sum(block_counts(group.parts)) for group in groups)
     # FlexAttention takes the heads that read alike in one call for each layout.
     layouts = {(group.parts, part.query.step) for group in groups for part in group.parts}

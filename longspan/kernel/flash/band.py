@@ -11,6 +11,17 @@ from longspan.derive.tiling import SIZE
 from longspan.kernel.lattice.parts import Lattice
 
 
+def distinct(side: Lattice, shape: tuple[int, int]) -> bool:
+    """Say whether rectangles are seen to have no place in common: each level reaches over all that is within it."""
+    levels = zip((side.step, side.inner, side.outer), (side.places, *shape[::-1]), strict=True)
+    reach = 0
+    for advance, number in sorted((abs(advance), number) for advance, number in levels if number > 1):
+        if advance <= reach:
+            return False
+        reach += advance * (number - 1)
+    return True
+
+
 @dataclass(frozen=True)
 class Band:
     """A lattice of equal rectangles of pairs, in each of which row r reads the columns r + low to r + high.
@@ -23,10 +34,9 @@ class Band:
     ```
 
     Attributes:
-        query, key: where the rectangles lie.
+        query, key: where the rectangles lie; no two of them have a query in common, or all have the same.
         shape: how many rectangles, outer and inner.
         low, high: places; None where the rectangle is the only limit on that side.
-        fresh: no band before this one touches its queries.
     """
 
     query: Lattice
@@ -34,7 +44,6 @@ class Band:
     shape: tuple[int, int]
     low: int | None = None
     high: int | None = None
-    fresh: bool = False
 
     @property
     def rectangles(self) -> int:
@@ -44,6 +53,17 @@ class Band:
     def causal(self) -> bool:
         """Whether it is the lower triangle of a square."""
         return self.low is None and self.high == 0 and self.query.places == self.key.places
+
+    @property
+    def apart(self) -> bool:
+        """Whether its rectangles are seen to have no key in common."""
+        return distinct(self.key, self.shape)
+
+    @property
+    def backwards(self) -> bool:
+        """Whether a later rectangle has earlier keys, which PyTorch has no views for."""
+        advances = zip(self.shape, (self.key.outer, self.key.inner), strict=True)
+        return any(number > 1 and advance < 0 for number, advance in advances)
 
     @property
     def window(self) -> tuple[int, int]:

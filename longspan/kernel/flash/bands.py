@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
-from longspan.kernel.flash.band import Band
+from longspan.kernel.flash.band import Band, distinct
 from longspan.kernel.flash.joins import below, beside, chained, trimmed
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.numbers import named
@@ -22,6 +21,7 @@ from longspan.kernel.lattice.parts import Lattice, Part
 
 # Parts and bands of one group of heads that are looked at, at most: each is a call.
 MOST = 256
+_TOO_MANY = f"takes bands, and this is more than {MOST} of them"
 # Rectangles of a lattice that are looked at one by one, at most.
 FEW = 64
 
@@ -39,8 +39,8 @@ class BandGroup:
 
 
 @lru_cache(maxsize=256)
-def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, ...] | str:
-    """Return the bands of groups of heads over a number of queries, or say what is no band.
+def band_groups(groups: tuple[HeadGroup, ...]) -> tuple[BandGroup, ...] | str:
+    """Return the bands of groups of heads, or say what is no band.
 
     Law: the bands of a group hold every pair as often as its parts do.
 
@@ -48,7 +48,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
         >>> from longspan.kernel.lattice.parts import parts
         >>> from longspan.pattern import Causal, Window
         >>> alone = HeadGroup(range(1), parts(Causal() & Window(512), range(8192), range(8192)))
-        >>> [group] = band_groups((alone,), 8192)
+        >>> [group] = band_groups((alone,))
         >>> print(*group.bands)
         1 x window 8,192 queries by 8,192 keys
         >>> group.bands[0].window
@@ -58,7 +58,7 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
     made = []
     for group in groups:
         if group.parts not in known:
-            known[group.parts] = bands(group.parts, length)
+            known[group.parts] = bands(group.parts)
         found = known[group.parts]
         if isinstance(found, str):
             return found
@@ -66,22 +66,24 @@ def band_groups(groups: tuple[HeadGroup, ...], length: int) -> tuple[BandGroup, 
     return tuple(made)
 
 
-def bands(parts: Sequence[Part], length: int) -> tuple[Band, ...] | str:
+def bands(parts: Sequence[Part]) -> tuple[Band, ...] | str:
     """Return the bands of one head, or say what is no band."""
     pieces: list[Band] = []
     for part in parts:
         cut = list(_pieces(part))
         if len(pieces) + len(cut) > MOST:
-            return f"takes bands, and this is more than {MOST} of them"
+            return _TOO_MANY
         pieces += cut
     whole, single = [], []
     for piece in map(chained, beside(map(chained, pieces))):
-        # Rows of blocks that were put together for looking alike, where their neighbours look different.
-        few = 1 < piece.rectangles <= FEW
-        (single if piece.rectangles == 1 or few else whole).extend(_apart(piece) if few else [piece])
+        # Rows of blocks that were put together for looking alike, where their neighbours look different, and what no
+        # view reads in one.
+        apart = 1 < piece.rectangles <= FEW or piece.backwards
+        (single if piece.rectangles == 1 or apart else whole).extend(_apart(piece) if apart else [piece])
     joined = map(trimmed, below(beside(single)))
     made = [*map(trimmed, whole), *_together(piece for piece in joined if piece)]
-    return _marked([piece for piece in made if piece], length)
+    found = tuple(piece for piece in made if piece)
+    return found if len(found) <= MOST else _TOO_MANY
 
 
 def _apart(piece: Band) -> Iterator[Band]:
@@ -107,14 +109,15 @@ def _together(pieces: Iterable[Band]) -> Iterator[Band]:
         while equal:
             starts = np.array([(piece.query.start, piece.key.start) for piece in equal])
             jumps = np.diff(starts, axis=0)
-            # No two rectangles of a lattice have queries in common.
-            regular = (jumps == jumps[:1]).all(axis=1) & (jumps[:, 0] > 0)
+            regular = (jumps == jumps[:1]).all(axis=1)
             number = 1 + int(np.append(regular, False).argmin())
             query, key = equal[0].query, equal[0].key
             if number > 1:
-                query, key = (
-                    replace(side, inner=int(jump)) for side, jump in zip((query, key), jumps[0], strict=True)
-                )
+                moved = replace(query, inner=int(jumps[0, 0]))
+                if distinct(moved, (1, number)) and jumps[0, 1] >= 0:
+                    query, key = moved, replace(key, inner=int(jumps[0, 1]))
+                else:
+                    number = 1
             yield replace(equal[0], query=query, key=key, shape=(1, number))
             equal[:number] = []
 
@@ -182,17 +185,3 @@ def _piece(whole: Band, rows: np.ndarray, first: np.ndarray, last: np.ndarray) -
         None if low is None else low + start - begin,
         None if high is None else high + start - begin,
     )
-
-
-def _marked(made: list[Band], length: int) -> tuple[Band, ...]:
-    """Return the bands with those marked whose queries no band before them touches."""
-    touched = np.zeros(length, dtype=bool)
-    marked = []
-    for band in made:
-        query = band.query
-        rows = as_strided(
-            touched[query.start :], (*band.shape, query.places), (query.outer, query.inner, query.step)
-        )
-        marked.append(replace(band, fresh=not marked or not rows.any()))
-        rows[...] = True
-    return tuple(marked)

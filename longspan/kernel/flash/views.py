@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from longspan.kernel.flash.band import Band
-from longspan.kernel.lattice.calls import disjoint, paired
+from longspan.kernel.lattice.calls import disjoint, paired, regular
 from longspan.kernel.lattice.parts import Lattice
 
 # A few queries that read many keys keep only few processors of a device busy. So their keys are cut into stretches of
@@ -73,7 +73,7 @@ class View:
         """Add what a call gave for its keys to the whole, where rectangles may overlap."""
         lattice = self.band.key
         name = "inner" if len(self.inner) > 1 else "outer" if len(self.outer) > 1 else None
-        if name is None:
+        if name is None or self.band.apart:
             add(self.keys(whole), part)
             return
         run, advance = getattr(self, name), getattr(lattice, name)
@@ -141,14 +141,15 @@ def split(band: Band) -> Iterator[Band]:
     rest = keys.places - number * size
     if rest:
         start = keys.start + number * size * keys.step
-        yield replace(band, key=replace(keys, start=start, places=rest), fresh=False)
+        yield replace(band, key=replace(keys, start=start, places=rest))
 
 
 def served(heads: range, share: int) -> Iterator[tuple[range, range]]:
     """Cut heads so that key heads serve them in equal shares, in order: all at once where they lie so."""
-    first, last = heads[0] // share, heads[-1] // share
-    whole = len(heads) % share == 0 and heads.start % share == 0
-    if heads.step == 1 and (whole or first == last):
-        yield heads, range(first, last + 1)
+    serving = [head // share for head in heads]
+    each = serving.count(serving[0])
+    key_heads = regular(serving[::each])
+    if len(key_heads) == 1 and serving == [head for head in key_heads[0] for _ in range(each)]:
+        yield heads, key_heads[0]
     else:
         yield from paired(heads, share)

@@ -220,3 +220,14 @@ def paired(heads: range, share: int) -> Iterator[tuple[range, range]]:
             step = opposite[1] - opposite[0] if len(opposite) > 1 else share
             taken = range(opposite[0], opposite[-1] + 1, step)
             yield taken, range(taken[0] // share, taken[-1] // share + 1, step // share)
+
+
+def regular(members: list[int]) -> list[range]:
+    """Cut ascending numbers into ranges."""
+    ranges = []
+    while members:
+        step = members[1] - members[0] if len(members) > 1 else 1
+        size = next((n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members))
+        ranges.append(range(members[0], members[size - 1] + 1, step))
+        members = members[size:]
+    return ranges
