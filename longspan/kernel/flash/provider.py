@@ -62,7 +62,7 @@ class Provider:
 
 # The first that takes a call has it. PyTorch's own kernel for the whole triangle is cuDNN's where there is one, so
 # nothing of PyTorch's is faster there. It builds a graph for every new shape, so small calls, whose shapes change
-# more often, go elsewhere; and versions of it have read over the end of a last tile that is not full (PyTorch issue
+# more often, go elsewhere; and versions of it have made NaN of a last tile that is not full (PyTorch issue
 # 196678, cudnn-frontend issue 1072), so there is none. Kernels made for a device come before those that run anywhere,
 # and PyTorch's own before a package of the same kernels.
 PROVIDERS = (
