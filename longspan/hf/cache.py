@@ -13,10 +13,12 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longspan import cache as held
+from longspan.cache.form import captured
 from longspan.errors import PatternError, PlanError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules
 from longspan.hf.batch import Batch
 from longspan.hf.rope import head_width
+from longspan.kernel.softmax.finite import capturing
 from longspan.pattern import Pattern
 from longspan.score import Score
 
@@ -42,7 +44,8 @@ class PatternCache(Cache):
         ShapeError: an option outside its range. By the model's forward: another model, patterns that were changed, a
             mask or batch that does not continue what was read, keys that want a gradient.
         PlanError: by the model's forward, where angles change with the length: beyond the trained length with dynamic
-            NTK, across it with LongRoPE. Only a text read anew then gives what the model computes.
+            NTK, across it with LongRoPE. Only a text read anew then gives what the model computes. While a CUDA graph
+            is captured, which would not see the cache move on.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -143,6 +146,8 @@ class PatternLayer(CacheLayerMixin):
                 "the attention of an earlier forward did not look for what is held: it was not that of a pattern",
                 "the model that the cache was made for, with its patterns set; cache.reset() for another text",
             )
+        if capturing(key_states):
+            raise captured(f"{type(self).__name__}, {self.columns} tokens read")
         self.found = False
         key_states = key_states.view_as(key_states)
         key_states.longspan = self

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.hf.captured import RESTARTING, capturing, padded, required
 from longspan.hf.segment import Segment, unpacked, unpadded, whole
 from longspan.kernel.choice import at_once
 from longspan.kernel.operation import compiled, opaque
@@ -40,7 +41,16 @@ class Outline:
     window: int | None
 
     def segments(self, rows: int, length: int) -> tuple[Segment, ...]:
-        """Return the sequences of the batch, of so many rows and columns of queries."""
+        """Return the sequences of the batch, of so many rows and columns of queries.
+
+        While a CUDA graph is captured, a mask is refused, and documents stop the graph when it runs.
+        """
+        known = self.joined if self.real is None else self.real
+        if known is not None and capturing(known.device):
+            if self.real is not None:
+                raise padded(self.real)
+            required(known, RESTARTING)
+            return whole(rows, length, self.keys)
         if self.real is not None and not self.real.all():
             return unpadded(self.real, queries=length, dropped=0)
         return whole(rows, length, self.keys) if self.joined is None else unpacked(self.joined)
@@ -146,4 +156,6 @@ _attend = operation(
     _backward,
     facts="Tensor? real, Tensor? joined, SymInt[] windows, float? limit, SymInt number, float scale",
     lay=heads_inside,
+    # It looks into the batch, which inductor's own CUDA graphs, mode="reduce-overhead", leave out of them.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
