@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from longspan.kernel import reference
 from longspan.kernel.flash import flash
-from longspan.kernel.flash.bands import band_groups
 from longspan.kernel.flex import flex
 from longspan.kernel.native import native
-from longspan.kernel.plan import choose, flash_refusal, head_groups, scores_refusal
+from longspan.kernel.plan import banded, choose, flash_refusal, scores_refusal
 from longspan.kernel.sdpa import sdpa
 from longspan.kernel.triton import triton
 from longspan.pattern import Pattern
@@ -76,10 +77,10 @@ def run(
     return kernel.attend(query, key, value, pattern, queries=queries, scale=scale, changes=changes)
 
 
+@lru_cache(maxsize=256)
 def work(pattern: Pattern, heads: int, queries: range, keys: int, scale: float) -> flash.Work:
-    """Return what the flash kernel is asked, for a pattern that it does not refuse."""
-    banded = band_groups(head_groups(pattern, heads, queries, range(keys)), len(queries))
-    return flash.Work(banded, scale)
+    """Return what the flash kernel is asked, for a pattern that it does not refuse; layers that ask alike share it."""
+    return flash.Work(banded(pattern, heads, queries, range(keys)), scale)
 
 
 def facts(
