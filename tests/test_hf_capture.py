@@ -29,6 +29,7 @@ from longspan.hf.stream import StreamCache
 from longspan.kernel.flash import flash
 from longspan.kernel.operation import compiled
 from longspan.pattern import LongMixed, SlidingWindow, Streaming
+from longspan.score import Scores
 
 LENGTH = 20
 KINDS = {"llama": FULL["llama"], "mistral": WINDOWED["mistral"], "gemma2": GEMMA2, "gpt2": FULL["gpt2"]}
@@ -243,24 +244,28 @@ def test_a_cache_without_a_model_is_refused_too(capture):
     assert kept.lengths == [3]
 
 
-def test_a_compiled_model_that_is_captured(capture, stand_in):
-    """Its operation looks when it runs, which it does not while a graph is captured."""
-    model, ids = model_with("llama").requires_grad_(False), tokens(2, LENGTH)
-    wanted = model(ids, use_cache=False).logits
-    torch._dynamo.reset()
-    fast = torch.compile(model, backend="aot_eager", fullgraph=True)
-    mask, positions = torch.ones_like(ids), torch.arange(LENGTH).expand(2, LENGTH)
-    for given in ({}, {"attention_mask": mask}, {"position_ids": positions}):
-        torch.testing.assert_close(fast(ids, use_cache=False, **given).logits, wanted)
+def test_the_operation_of_compiled_models_looks_no_more_than_others(capture, stand_in):
+    """It looks when it runs, which it does not while a graph is captured."""
+    query = torch.randn(2, 4, LENGTH, 8)
+    key, value = (torch.randn(2, 2, LENGTH, 8) for _ in range(2))
+    real, joined = (torch.ones(2, size, dtype=torch.bool) for size in (LENGTH, LENGTH - 1))
+
+    def attended(real, joined):
+        outline = traced.Outline(real, joined, LENGTH, None)
+        return traced.attend(query, key, value, LongMixed(9), outline, [], None, Scores(None, None, None))
+
+    wanted = attended(None, None)
+    for given in ((real, None), (None, joined)):
+        torch.testing.assert_close(attended(*given), wanted)
     capture()
-    torch.testing.assert_close(fast(ids, use_cache=False).logits, wanted)
+    torch.testing.assert_close(attended(None, joined), wanted)
     with NotWaiting():
-        traced.Outline(None, torch.ones(2, LENGTH - 1, dtype=torch.bool), LENGTH, None).segments(2, LENGTH)
+        traced.Outline(None, joined, LENGTH, None).segments(2, LENGTH)
     with pytest.raises(ShapeError, match=r"attention_mask \[2, 20\]"):
-        fast(ids, attention_mask=mask, use_cache=False)
+        attended(real, None)
+    joined[1, 7] = False
     with pytest.raises(RuntimeError, match=r"^longspan: positions restart"):
-        fast(ids, position_ids=positions % 8, use_cache=False)
-    torch._dynamo.reset()
+        attended(None, joined)
 
 
 def test_the_compiler_leaves_its_operation_out_of_its_own_graphs():

@@ -188,9 +188,10 @@ def describe(
             required(~_formula(mask_function, device, batch_size, q_length, ahead=1), _AHEAD)
             required(_joined(mask_function, device, batch_size, q_length), RESTARTING)
         segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
-    elif attention_mask is not None and not attention_mask.all():
-        _check_gaps(config, attention_mask, kv_offset)
-        segments = unpadded(attention_mask, queries=q_length, dropped=kv_offset)
+    # The device is waited for once, however much is then looked at.
+    elif attention_mask is not None and not (real := attention_mask.cpu()).all():
+        _check_gaps(config, real, kv_offset)
+        segments = unpadded(real, queries=q_length, dropped=kv_offset, device=device)
     elif packed:
         segments = unpacked(_continues(config, mask_function, device, batch_size, q_length))
     else:

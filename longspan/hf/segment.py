@@ -46,18 +46,21 @@ def whole(batch: int, queries: int, keys: int, dropped: int = 0) -> tuple[Segmen
     return (Segment(slice(0, batch), slice(0, queries), slice(0, keys), dropped),)
 
 
-def unpadded(real: Tensor, *, queries: int, dropped: int) -> tuple[Segment, ...]:
+def unpadded(
+    real: Tensor, *, queries: int, dropped: int, device: torch.device | None = None
+) -> tuple[Segment, ...]:
     """Return the sequences of a padded batch: the real tokens of each row, in their order.
 
     Args:
         real: bool `[batch, columns]`, false on padding; the last columns are the queries.
         queries: number of query columns.
         dropped: number of first columns that the key tensor does not hold any more.
+        device: where rows and columns that are tensors go; None for that of `real`.
 
     Returns:
         One segment per different row of `real` that has a real query.
     """
-    columns, device = real.shape[1], real.device
+    columns, device = real.shape[1], real.device if device is None else device
     # One wait for the device in place of several for every row.
     real = real.cpu()
     kinds, kind_of_row = real.unique(dim=0, return_inverse=True)

@@ -9,8 +9,9 @@ from torch import Tensor
 from longspan.kernel import reference
 from longspan.kernel.flash import flash
 from longspan.kernel.flex import flex
+from longspan.kernel.heads import banded, head_groups
 from longspan.kernel.native import native
-from longspan.kernel.plan import banded, choose, flash_refusal, scores_refusal
+from longspan.kernel.plan import choose, flash_refusal, scores_refusal
 from longspan.kernel.sdpa import sdpa
 from longspan.kernel.triton import triton
 from longspan.pattern import Pattern
@@ -77,10 +78,12 @@ def run(
     return kernel.attend(query, key, value, pattern, queries=queries, scale=scale, changes=changes)
 
 
-@lru_cache(maxsize=256)
 def work(pattern: Pattern, heads: int, queries: range, keys: int, scale: float) -> flash.Work:
     """Return what the flash kernel is asked, for a pattern that it does not refuse; layers that ask alike share it."""
-    return flash.Work(banded(pattern, heads, queries, range(keys)), scale)
+    return _work(banded(head_groups(pattern, heads, queries, range(keys)), len(queries)), scale)
+
+
+_work = lru_cache(maxsize=256)(flash.Work)
 
 
 def facts(

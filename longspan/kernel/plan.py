@@ -11,18 +11,17 @@ from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, elided, message
 from longspan.kernel.flash import flash
-from longspan.kernel.flash.band import Band
-from longspan.kernel.flash.bands import BandGroup, band_groups
+from longspan.kernel.flash.bands import BandGroup
 from longspan.kernel.flex import family, flex
+from longspan.kernel.heads import banded, head_groups
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.numbers import listed, named
-from longspan.kernel.lattice.parts import Part, parts
-from longspan.kernel.lattice.step import step_parts
+from longspan.kernel.lattice.parts import Part
 from longspan.kernel.lattice.summary import BlockCounts, block_counts, contiguous_area, most_keys
 from longspan.kernel.native import native
 from longspan.kernel.rates import dearer
 from longspan.kernel.sdpa import sdpa
-from longspan.pattern import Pattern, simplify
+from longspan.pattern import Pattern
 from longspan.size import size
 
 # The most memory that dense scores may take.
@@ -292,7 +291,7 @@ def _plan(
         # Where the lists are made does not change them.
         calls = family.groups(pattern, heads, queries, keys, torch.device("cpu"))
     elif chosen == "flash":
-        calls = banded(pattern, heads, queries, keys)
+        calls = banded(grouped, len(queries))
     return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)
 
 
@@ -331,30 +330,14 @@ def choose(
 
 def flash_refusal(pattern: Pattern, heads: int, queries: range, keys: range, *, asked: bool) -> str | None:
     """Say why flash attention does not take a pattern, or flex does it cheaper where it is not asked for by name."""
-    found = banded(pattern, heads, queries, keys)
+    grouped = head_groups(pattern, heads, queries, keys)
+    found = banded(grouped, len(queries))
     if isinstance(found, str):
         return found
     # For a single query flex would list blocks anew at every length, which costs more than any calls.
     if asked or len(queries) == 1:
         return None
-    return dearer(head_groups(pattern, heads, queries, keys), found, len(queries))
-
-
-@lru_cache(maxsize=256)
-def banded(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[BandGroup, ...] | str:
-    """Return the bands of heads that read alike, or say what is no band."""
-    grouped = head_groups(pattern, heads, queries, keys)
-    pieces = [part for group in grouped for part in group.parts]
-    if len(queries) > 1 or any(part.allowed is not None or part.rectangles > 1 for part in pieces):
-        return band_groups(grouped, len(queries))
-    # The parts of one query are stretches of keys: bands as they are, with nothing to join.
-    return tuple(
-        BandGroup(
-            group.heads,
-            tuple(Band(part.query, part.key, part.shape, fresh=part.fresh) for part in group.parts),
-        )
-        for group in grouped
-    )
+    return dearer(grouped, found, len(queries))
 
 
 def scores_refusal(needed: int) -> str | None:
@@ -362,42 +345,3 @@ def scores_refusal(needed: int) -> str | None:
     if needed <= REFERENCE_BYTES:
         return None
     return f"would need {needed / 1e9:.1f} GB for the scores, limit is {REFERENCE_BYTES / 1e9:.0f} GB"
-
-
-@lru_cache(maxsize=256)
-def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[HeadGroup, ...]:
-    """Return the heads that read alike, cut into regular ranges, with the parts they read by."""
-    groups = []
-    for single, members in _alike(pattern, heads):
-        done = None
-        if len(queries) == 1 and keys == range(queries[0] + 1):
-            # Decoding, which has a new length with every token.
-            done = step_parts(single, queries[0])
-        if done is None:
-            done = parts(single, queries, keys)
-        groups.extend(HeadGroup(regular, done) for regular in members)
-    return tuple(groups)
-
-
-@lru_cache(maxsize=64)
-def _alike(pattern: Pattern, heads: int) -> tuple[tuple[Pattern, list[range]], ...]:
-    """Return the patterns of single heads, each with the heads that read by it."""
-    alike: dict[Pattern, list[int]] = {}
-    for head in range(heads):
-        alike.setdefault(pattern.at_head(head, heads), []).append(head)
-    # What is written otherwise and reads the same is planned, and read, once.
-    same: dict[Pattern, tuple[Pattern, list[int]]] = {}
-    for single, members in alike.items():
-        same.setdefault(simplify(single), (single, []))[1].extend(members)
-    return tuple((single, _regular(sorted(members))) for single, members in same.values())
-
-
-def _regular(members: list[int]) -> list[range]:
-    """Cut ascending numbers into ranges."""
-    ranges = []
-    while members:
-        step = members[1] - members[0] if len(members) > 1 else 1
-        size = next((n for n in range(2, len(members)) if members[n] - members[n - 1] != step), len(members))
-        ranges.append(range(members[0], members[size - 1] + 1, step))
-        members = members[size:]
-    return ranges

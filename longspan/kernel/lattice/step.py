@@ -7,7 +7,6 @@ them is a part. Runs are found for many tokens at a time, so that nearly every t
 from __future__ import annotations
 
 from functools import lru_cache
-from math import lcm
 
 import numpy as np
 
@@ -18,13 +17,16 @@ from longspan.pattern.progression import Progression
 
 # Tokens that are looked at together.
 AHEAD = 64
-# Rectangles of keys that one of them is held against, about, and the fewest keys of one.
-_CELLS, _LEAST = 256, 32
-# Classes of residues, and runs of one token, up to which runs are worth a call each.
-_CLASSES, _MOST = 256, 64
-# Pairs that are looked at one by one, all of them and at a time.
-_PAIRS, _AT_ONCE = 1 << 22, 1 << 18
+# Cells of keys that each of them is first held against, about, keys of a cell that are looked at one by one, and into
+# how many a larger one is split.
+_CELLS, _LEAST, _SPLIT = 256, 32, 8
+# Classes of residues, cells of all tokens and pairs that are looked at, up to which it is worth the time.
+_CLASSES, _RECTANGLES, _PAIRS = 1024, 1 << 18, 1 << 21
+# Runs of one token up to which each is worth a call.
+_MOST = 16
 
+# Where the one query lies.
+_QUERY = Lattice(0, 1, 1, 0, 0)
 # Runs of one token, int64 `[runs, 2]`: the first key and the number of keys.
 _Runs = np.ndarray
 
@@ -59,41 +61,60 @@ def step_parts(pattern: Pattern, position: int) -> tuple[Part, ...] | None:
     return tuple(made)
 
 
-_QUERY = Lattice(0, 1, 1, 0, 0)
 _terms = lru_cache(maxsize=256)(terms)
 
 
 @lru_cache(maxsize=256)
 def _found(term: Pattern, block: int) -> tuple[int, tuple[_Runs, ...]] | None:
     """Return the distance of keys in a run and the runs of each token of a block, or None where they are too many."""
-    step = lcm(*term.steps)
+    queries, (apart, step) = range(block * AHEAD, (block + 1) * AHEAD), term.steps
     for each in dict.fromkeys((step, 1) if step <= _CLASSES else (1,)):
-        runs = _runs(term, range(block * AHEAD, (block + 1) * AHEAD), each)
+        runs = _runs(term, queries, min(apart, AHEAD), each)
         if runs is not None and max(map(len, runs)) <= _MOST:
             return each, runs
     return None
 
 
-def _runs(term: Pattern, queries: range, step: int) -> tuple[_Runs, ...] | None:
-    """Return the runs of each query over the keys up to the last one, or None where too many pairs are to be looked at."""
+def _runs(term: Pattern, queries: range, apart: int, step: int) -> tuple[_Runs, ...] | None:
+    """Return the runs of each query over the keys up to the last one, or None where too much is to be looked at.
+
+    Args:
+        term: a relation.
+        queries: the tokens.
+        apart, step: queries of one residue by the first read cells of keys of one residue by the second together.
+    """
+    # Row c of a table holds the queries c, c + apart, ..., and has -1 where there are no more.
+    members = np.arange(-(-len(queries) // apart) * apart).reshape(-1, apart).T
+    members = np.where(members < len(queries), members, -1)
     low, places = _cells(queries.stop, step)
-    verdict = term.contains(
-        Progression(*(np.array(queries)[:, None],) * 2, np.zeros((1, 1), dtype=np.int64)),
-        Progression(low, low + (places - 1) * step, (places > 1) * step),
-    )
-    shape = len(queries), len(low)
-    query, cell = np.nonzero(np.broadcast_to(verdict.full, shape))
-    whole = np.stack([query, low[cell], places[cell]])
-    open_ = ~np.broadcast_to(verdict.full | verdict.empty, shape)
-    query, cell = np.nonzero(open_)
-    if len(query) * places.max() > _PAIRS:
-        return None
-    at_once = max(1, _AT_ONCE // int(places.max()))
-    pieces = [
-        _looked(term, queries.start, query[some], low[cell[some]], places[cell[some]], step)
-        for some in (slice(begin, begin + at_once) for begin in range(0, len(query), at_once))
-    ]
-    return _joined(np.concatenate([whole, *pieces], axis=1), len(queries), step)
+    rows = np.repeat(np.arange(apart), len(low))
+    low, places = np.tile(low, apart), np.tile(places, apart)
+    found = []
+    while len(rows):
+        first, last = queries.start + rows, queries.start + members[rows].max(axis=1)
+        verdict = term.contains(
+            Progression(first, last, (last > first) * apart),
+            Progression(low, low + (places - 1) * step, (places > 1) * step),
+        )
+        full = np.broadcast_to(verdict.full, rows.shape)
+        query = members[rows[full]]
+        owner = np.nonzero(query >= 0)
+        found.append(np.stack([query[owner], low[full][owner[0]], places[full][owner[0]]]))
+        open_ = ~(full | np.broadcast_to(verdict.empty, rows.shape))
+        rows, low, places = rows[open_], low[open_], places[open_]
+        if len(rows) * _SPLIT > _RECTANGLES:
+            return None
+        if places.max(initial=0) <= _LEAST:
+            if len(rows) * members.shape[1] * _LEAST > _PAIRS:
+                return None
+            found.append(_looked(term, queries.start, members[rows], low, places, step))
+            break
+        size = -(-int(places.max()) // _SPLIT)
+        begins = np.arange(_SPLIT) * size
+        some = begins < places[:, None]
+        rows = np.broadcast_to(rows[:, None], some.shape)[some]
+        low, places = (low[:, None] + begins * step)[some], np.minimum(places[:, None] - begins, size)[some]
+    return _joined(np.concatenate(found, axis=1), len(queries), step)
 
 
 def _cells(keys: int, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -107,14 +128,23 @@ def _cells(keys: int, step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _looked(
-    term: Pattern, first: int, query: np.ndarray, low: np.ndarray, places: np.ndarray, step: int
+    term: Pattern, first: int, members: np.ndarray, low: np.ndarray, places: np.ndarray, step: int
 ) -> np.ndarray:
-    """Return the runs of queries in cells, pair by pair: query, first key and number of keys, `[3, runs]`."""
-    column = np.arange(int(places.max()))
-    read = term.contains(first + query[:, None], low[:, None] + column * step) & (column < places[:, None])
+    """Return the runs of queries in cells, pair by pair: query, first key and number of keys, `[3, runs]`.
+
+    Args:
+        term: a relation.
+        first: position of query 0.
+        members: queries that are asked about each cell, `[cells, queries]`, -1 for none.
+        low, places, step: keys of the cells.
+    """
+    cell, place = np.nonzero(members >= 0)
+    query, column = members[cell, place], np.arange(int(places.max(initial=0)))
+    read = term.contains(first + query[:, None], low[cell][:, None] + column * step)
+    read = read & (column < places[cell][:, None])
     edges = np.diff(np.pad(read.astype(np.int8), ((0, 0), (1, 1))), axis=1)
     (owner, begin), (_, end) = np.nonzero(edges == 1), np.nonzero(edges == -1)
-    return np.stack([query[owner], low[owner] + begin * step, end - begin])
+    return np.stack([query[owner], low[cell[owner]] + begin * step, end - begin])
 
 
 def _joined(runs: np.ndarray, queries: int, step: int) -> tuple[_Runs, ...]:
