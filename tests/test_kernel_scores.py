@@ -14,6 +14,7 @@ import torch
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
 from longspan.errors import PlanError, ShapeError
+from longspan.kernel import heads as heads_module
 from longspan.kernel import sides
 from longspan.kernel.lattice.parts import parts
 from longspan.kernel.sdpa import bias, sdpa
