@@ -22,7 +22,7 @@ import longspan.attention
 from longspan.cache import Cache
 from longspan.cache import layer as cache_layer
 from longspan.errors import PlanError, ShapeError
-from longspan.hf import batch, cache, sequence, traced
+from longspan.hf import attention, batch, sequence, traced
 from longspan.hf.attention import set_pattern
 from longspan.hf.cache import PatternCache
 from longspan.hf.stream import StreamCache
@@ -37,7 +37,7 @@ KINDS = {"llama": FULL["llama"], "mistral": WINDOWED["mistral"], "gemma2": GEMMA
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let attention run what it would on CUDA."""
     monkeypatch.setattr(longspan.attention, "at_once", lambda *given, **asked: None)
@@ -47,12 +47,12 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def capture(monkeypatch: pytest.MonkeyPatch) -> Any:
+def capture(as_on_cuda, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Return a function that says from then on that a graph is being captured."""
 
     def begin() -> None:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        for place in (batch, cache, cache_layer, flash, sequence, traced):
+        for place in (attention, batch, cache_layer, flash, sequence, traced):
             monkeypatch.setattr(place, "capturing", lambda where: True)
 
     return begin
@@ -148,6 +148,24 @@ def test_padding_and_documents_that_were_known_before(filled: str, kind: str, ca
     torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_cuda_captures_a_padded_model():
+    """Replayed on other tokens, a captured forward gives what is given without one."""
+    model = model_with("llama").to("cuda", torch.bfloat16).requires_grad_(False)
+    ids, mask = tokens(3, LENGTH).to("cuda"), padding("left", 3, LENGTH).to("cuda")
+    known = masks(model, ids, mask)
+    for _ in range(3):
+        model(ids, attention_mask=known, use_cache=False)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = model(ids, attention_mask=known, use_cache=False).logits
+    ids.copy_(ids.flip(0).roll(1, dims=1))
+    graph.replay()
+    wanted = model(ids, attention_mask=mask, use_cache=False).logits
+    torch.testing.assert_close(logits[mask.bool()], wanted[mask.bool()])
+
+
 def test_a_mask_is_refused(capture):
     model, ids = model_with("llama"), tokens(2, LENGTH)
     capture()
@@ -214,7 +232,7 @@ def test_a_cache_of_patterns_is_refused_and_stays_as_it_was(monkeypatch, capture
     with torch.no_grad():
         model(ids, past_key_values=kept)
         with monkeypatch.context() as inner:
-            inner.setattr(cache, "capturing", lambda where: True)
+            inner.setattr(attention, "capturing", lambda where: True)
             with pytest.raises(PlanError) as caught:
                 model(ids[:, :1], past_key_values=kept)
         assert (
@@ -273,7 +291,7 @@ def test_the_compiler_leaves_its_operation_out_of_its_own_graphs():
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.longspan, name).default.tags
 
 
-def test_layers_look_at_positions_once(monkeypatch, stand_in):
+def test_layers_look_at_positions_once(as_on_cuda, monkeypatch, stand_in):
     """Outside of a capture looking waits for the device, and all layers are given the same ones."""
     model, ids = model_with("llama"), tokens(2, LENGTH)
     looks = []

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longspan.cache.form import captured
 from longspan.errors import InputError, PatternError, PlanError, ShapeError, message
 from longspan.hf import traced
 from longspan.hf.batch import Batch, describe, refusal, settled
+from longspan.hf.captured import capturing
 from longspan.hf.quiet import quiet
 from longspan.hf.traced import Outline
 from longspan.pattern import Causal, Pattern, Window
@@ -177,6 +179,8 @@ def _attend(
     if windows != (None, None):
         pattern = _within(pattern, frozenset(windows))
     if cached is not None:
+        if capturing(key.device):
+            raise captured(f"{type(cached).__name__}, {cached.columns} tokens read")
         cached.check(module, pattern, batch, key.shape[2])
     if batch.spare:
         key, value = (side[:, :, : batch.keys] for side in (key, value))

@@ -13,12 +13,10 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from longspan import cache as held
-from longspan.cache.form import captured
 from longspan.errors import PatternError, PlanError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules
 from longspan.hf.batch import Batch
 from longspan.hf.rope import head_width
-from longspan.kernel.softmax.finite import capturing
 from longspan.pattern import Pattern
 from longspan.score import Score
 
@@ -146,8 +144,6 @@ class PatternLayer(CacheLayerMixin):
                 "the attention of an earlier forward did not look for what is held: it was not that of a pattern",
                 "the model that the cache was made for, with its patterns set; cache.reset() for another text",
             )
-        if capturing(key_states):
-            raise captured(f"{type(self).__name__}, {self.columns} tokens read")
         self.found = False
         key_states = key_states.view_as(key_states)
         key_states.longspan = self

@@ -16,8 +16,10 @@ RESTARTING = "positions restart, as in packed documents, and the graph was captu
 
 
 def capturing(device: torch.device) -> bool:
-    """Say whether a CUDA graph is being captured on a device."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    """Say whether a CUDA graph is being captured on a device; not of code that is being compiled, which runs later."""
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        return False
+    return torch.cuda.is_current_stream_capturing()
 
 
 def required(holds: Tensor, problem: str) -> None:
