@@ -15,6 +15,7 @@ import torch
 from flash_stand_in import flash_on_cpu
 from hf_models import FULL, GEMMA2, WINDOWED, model_of, padding, tokens
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -59,10 +60,12 @@ def capture(as_on_cuda, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class NotWaiting(TorchDispatchMode):
-    """Refuses every operation that would wait for a device."""
+    """Refuses every operation that would wait for a device, or copies tensors from one to another."""
 
     def __torch_dispatch__(self, function, types, given=(), named=None):
         assert function.overloadpacket.__name__ not in WAITING, f"{function} waits for the device"
+        sides = [side for side in tree_leaves((given, named)) if isinstance(side, torch.Tensor)]
+        assert len({side.device for side in sides}) < 2, f"{function} takes tensors of several devices"
         return function(*given, **(named or {}))
 
 
@@ -109,7 +112,8 @@ def test_no_number_on_the_device_is_looked_at(act, kind: str, capture, monkeypat
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
     model = model_with(kind).to("meta")
     capture()
-    act(model, torch.zeros(2, LENGTH, dtype=torch.long, device="meta"))
+    with NotWaiting():
+        act(model, torch.zeros(2, LENGTH, dtype=torch.long, device="meta"))
 
 
 @pytest.fixture
@@ -194,17 +198,20 @@ def test_documents_stop_a_graph_that_was_captured_without(cached: bool, capture,
     model(ids, position_ids=positions + 3, use_cache=False)
 
 
-def test_tokens_that_read_later_ones_stop_it_too(capture, stand_in):
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        # Not every model tells its layers of positions.
+        ({"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}, "positions restart"),
+        ({"block_sequence_ids": torch.tensor([[-1, 0, 0, 0, -1, -1]])}, "some tokens read later ones"),
+    ],
+)
+def test_what_is_seen_where_masks_are_made_stops_it_too(given, problem: str, capture):
+    asked = {"inputs_embeds": torch.zeros(1, 6, 32), "attention_mask": None, "past_key_values": None}
     config = model_with("llama").config
     capture()
-    with pytest.raises(RuntimeError, match=r"^longspan: some tokens read later ones"):
-        create_causal_mask(
-            config=config,
-            inputs_embeds=torch.zeros(1, 6, 32),
-            attention_mask=None,
-            past_key_values=None,
-            block_sequence_ids=torch.tensor([[-1, 0, 0, 0, -1, -1]]),
-        )
+    with pytest.raises(RuntimeError, match=f"^longspan: {problem}"):
+        create_causal_mask(config=config, **asked, **given)
 
 
 @pytest.mark.parametrize("read", [0, 8])

@@ -64,7 +64,7 @@ def step_parts(pattern: Pattern, position: int) -> tuple[Part, ...] | None:
 _terms = lru_cache(maxsize=256)(terms)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _found(term: Pattern, block: int) -> tuple[int, tuple[_Runs, ...]] | None:
     """Return the distance of keys in a run and the runs of each token of a block, or None where they are too many."""
     queries, (apart, step) = range(block * AHEAD, (block + 1) * AHEAD), term.steps
