@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -267,6 +268,20 @@ def test_a_cache_without_a_model_is_refused_too(capture):
         kept.attend(*(side[:, :, :1] for side in sides))
     assert "cache  Cache of SlidingWindow(8): 3 tokens read, 3 held" in str(caught.value)
     assert kept.lengths == [3]
+
+
+def test_texts_that_are_split_among_ranks_are_refused(capture):
+    model = model_with("llama")
+    capture()
+    with pytest.raises(ShapeError) as caught:
+        sequence.Split.forward(SimpleNamespace(model=model), tokens(1, LENGTH))
+    assert (
+        str(caught.value)
+        == """Texts that are split among ranks cannot be read while a CUDA graph is captured.
+  model  LlamaForCausalLM
+  why    ranks compare what each of them was given
+  try    no graph, or a text on one rank"""
+    )
 
 
 def test_the_operation_of_compiled_models_looks_no_more_than_others(capture, stand_in):
