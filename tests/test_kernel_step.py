@@ -149,7 +149,7 @@ def test_bands_of_a_step_are_its_parts(pattern: Pattern):
 
 
 def test_flash_attention_takes_a_step_in_any_number_of_calls():
-    """FlexAttention lists blocks anew for every length, which no number of calls costs."""
+    """FlexAttention would list blocks anew for every length."""
     many = (Causal() & Every(300, run=12)) + SlidingWindow(20)
     here = range(8000, 8001), range(8001)
     assert len(banded(head_groups(many, 1, *here), 1)[0].bands) > 8

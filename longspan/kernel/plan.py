@@ -334,7 +334,7 @@ def flash_refusal(pattern: Pattern, heads: int, queries: range, keys: range, *, 
     found = banded(grouped, len(queries))
     if isinstance(found, str):
         return found
-    # For a single query flex would list blocks anew at every length, which costs more than any calls.
+    # Decoding asks for a single query at a new length each time, for which flex would list its blocks anew.
     if asked or len(queries) == 1:
         return None
     return dearer(grouped, found, len(queries))

@@ -40,8 +40,8 @@ def step_parts(pattern: Pattern, position: int) -> tuple[Part, ...] | None:
         >>> from longspan.pattern import Causal, Dilated, Sink, Window
         >>> for part in step_parts(Causal() & (Window(4) | Sink(2)), 20):
         ...     print(part.key.start, part.key.places)
-        0 2
         17 4
+        0 2
         >>> [part] = step_parts(Causal() & Dilated(3), 20)
         >>> part.key.start, part.key.step, part.key.places
         (2, 3, 7)
