@@ -10,6 +10,8 @@ from hf_models import FAMILIES, FULL, GEMMA2, SDPA, WINDOW, model_of, padding, r
 from transformers import DynamicCache
 
 from longspan.hf.attention import reset, set_pattern
+from longspan.kernel.heads import head_groups
+from longspan.kernel.lattice import step
 from longspan.pattern import Causal, Chunk, LongMixed, Sink, Streaming, Window
 
 LENGTH = 29
@@ -193,3 +195,19 @@ def test_a_bfloat16_model_whose_norms_are_trained_in_float32():
     set_pattern(model, Causal())
     ids = tokens(2, LENGTH)
     assert model(ids).logits.dtype is torch.bfloat16
+
+
+def test_a_step_is_planned_once_for_all_layers(monkeypatch):
+    """And the formula is read once for many steps."""
+    model, read, runs = model_of(FULL["llama"], dtype=torch.float32), [], step._runs
+    set_pattern(model, Causal() & Window(9))
+    monkeypatch.setattr(step, "_runs", lambda *given: read.append(given) or runs(*given))
+    step._found.cache_clear()
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(tokens(1, 70), past_key_values=cache)
+        before = head_groups.cache_info().misses
+        for _ in range(20):
+            model(tokens(1, 1), past_key_values=cache)
+    assert len(read) == 1
+    assert head_groups.cache_info().misses - before == 20

@@ -11,7 +11,7 @@ import torch
 
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import mask
-from longspan.kernel import plan as plan_module
+from longspan.kernel import heads as heads_module
 from longspan.kernel.lattice.parts import parts
 from longspan.kernel.native import native
 from longspan.kernel.sdpa import sdpa
@@ -34,11 +34,11 @@ PATTERNS = [
 @pytest.fixture(params=["large", "small"], autouse=True)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param == "small":
-        monkeypatch.setattr(plan_module, "parts", partial(parts, size=8))
+        monkeypatch.setattr(heads_module, "parts", partial(parts, size=8))
         monkeypatch.setattr(sdpa, "WORKSPACE", 4096)
-    plan_module.head_groups.cache_clear()
+    heads_module.head_groups.cache_clear()
     yield
-    plan_module.head_groups.cache_clear()
+    heads_module.head_groups.cache_clear()
 
 
 def precision(kernel: str) -> tuple[torch.dtype, float]:

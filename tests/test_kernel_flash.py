@@ -16,9 +16,9 @@ from longspan.errors import PlanError
 from longspan.kernel import reference
 from longspan.kernel.flash import flash, provider, views
 from longspan.kernel.flash.bands import band_groups, bands
+from longspan.kernel.heads import head_groups
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.parts import parts
-from longspan.kernel.plan import head_groups
 from longspan.pattern import (
     S2,
     SCCA,

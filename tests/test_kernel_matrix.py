@@ -19,6 +19,7 @@ from strategies import LENGTHS
 import longspan.pattern
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
+from longspan.kernel import heads as heads_module
 from longspan.kernel import plan as plan_module
 from longspan.kernel.flash import flash
 from longspan.kernel.flex import flex
@@ -92,11 +93,11 @@ PATTERNS = [*exported(), *COMPOSED]
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run with blocks as they are and with small ones, of which a short text holds many."""
     if request.param == "small":
-        monkeypatch.setattr(plan_module, "parts", partial(parts, size=8))
+        monkeypatch.setattr(heads_module, "parts", partial(parts, size=8))
         monkeypatch.setattr(sdpa, "WORKSPACE", 4096)
-    plan_module.head_groups.cache_clear()
+    heads_module.head_groups.cache_clear()
     yield request.param
-    plan_module.head_groups.cache_clear()
+    heads_module.head_groups.cache_clear()
 
 
 def tensors(

@@ -18,6 +18,7 @@ from longspan.derive.cost import cost
 from longspan.derive.mask import counts
 from longspan.kernel import plan as plan_module
 from longspan.kernel import reference
+from longspan.kernel.heads import head_groups
 from longspan.kernel.lattice import summary
 from longspan.kernel.lattice.parts import parts
 from longspan.kernel.native import native
@@ -189,11 +190,11 @@ def test_the_kernel_of_the_plan_is_the_one_that_runs(asked: str | None, monkeypa
 
 
 def test_the_work_on_a_text_is_planned_once(monkeypatch: pytest.MonkeyPatch):
-    plan_module.head_groups.cache_clear()
+    head_groups.cache_clear()
     side = torch.randn(1, 2, 31, 8)
     for _ in range(3):
         attend(side, side, side, Causal() & Dilated(2))
-    assert plan_module.head_groups.cache_info().misses == 1
+    assert head_groups.cache_info().misses == 1
 
 
 def test_a_dtype_of_torch_is_the_one_of_its_name():
@@ -202,7 +203,7 @@ def test_a_dtype_of_torch_is_the_one_of_its_name():
 
 def test_heads_that_are_written_otherwise_and_read_alike_are_one_group():
     one, other = Causal() & Window(8), Causal() & Window(9) & Window(8)
-    groups = plan_module.head_groups(PerHead([one, SlidingWindow(5), other, one]), 4, range(64), range(64))
+    groups = head_groups(PerHead([one, SlidingWindow(5), other, one]), 4, range(64), range(64))
     reads = [(list(group.heads), group.parts) for group in groups]
     assert sorted(heads for heads, _ in reads) == [[0, 2], [1], [3]]
     assert len({id(done) for _, done in reads}) == 2

@@ -304,15 +304,15 @@ Plan
   queries    4999 reading keys 0 to 4,999
   pairs      2,048, 10.24% of all
   most keys  512 for one query
-  blocks     20 full, 4 partial, 136 empty
+  blocks     20 full, 0 partial, 140 empty
   layout     contiguous
-  computed   2,096, 1.02 times the pairs
+  computed   2,048, 1.00 times the pairs
   flops      524,288 forward
-  workspace  9.3 kB forward, 4.3 MB backward at most
+  workspace  3.1 kB forward, 4.2 MB backward at most
   kernel     sdpa
   refused    native: is taken from 16 queries on, got 1
   heads 0 to 3
-    1 x masked 1 query by 520 keys, 98% of it read
+    1 x plain  1 query by 508 keys
     1 x plain  1 query by 4 keys""",
     ),
     (

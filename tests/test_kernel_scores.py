@@ -14,7 +14,7 @@ import torch
 from longspan import attend, attend_with_lse
 from longspan.derive.mask import counts
 from longspan.errors import PlanError, ShapeError
-from longspan.kernel import plan as plan_module
+from longspan.kernel import heads as heads_module
 from longspan.kernel import sides
 from longspan.kernel.lattice.parts import parts
 from longspan.kernel.sdpa import bias, sdpa
@@ -59,13 +59,13 @@ LOGITS = torch.tensor([0.5, -1.0, 4.0, -math.inf], dtype=torch.float64)
 def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Run with blocks as they are and with small ones, of which a short text holds many."""
     if request.param == "small":
-        monkeypatch.setattr(plan_module, "parts", partial(parts, size=8))
+        monkeypatch.setattr(heads_module, "parts", partial(parts, size=8))
         monkeypatch.setattr(sides, "TRIANGLE", 16)
         monkeypatch.setattr(sdpa, "WORKSPACE", 4096)
-    for cached in (plan_module.head_groups, sides.one_sided_groups):
+    for cached in (heads_module.head_groups, sides.one_sided_groups):
         cached.cache_clear()
     yield request.param
-    for cached in (plan_module.head_groups, sides.one_sided_groups):
+    for cached in (heads_module.head_groups, sides.one_sided_groups):
         cached.cache_clear()
 
 

@@ -15,7 +15,7 @@ from test_kernel_matrix import check, tensors
 
 from longspan.derive.blocks import blocks
 from longspan.errors import ShapeError
-from longspan.kernel.plan import head_groups
+from longspan.kernel.heads import head_groups
 from longspan.pattern import (
     S2,
     BigBird,

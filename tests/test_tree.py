@@ -42,7 +42,7 @@ KERNEL = [
     {"reference", "native", "sdpa", "flash", "flex"},
     # It takes the lists of blocks that FlexAttention takes.
     {"triton"},
-    {"rates"},
+    {"rates", "heads"},
     {"plan"},
     {"choice", "sides"},
     {"operation"},

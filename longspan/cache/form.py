@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longspan.errors import ShapeError, message
+from longspan.errors import PlanError, ShapeError, message
 
 
 @dataclass(frozen=True)
@@ -108,3 +108,17 @@ def check(
             f"Tokens that begin at {start} do not continue a text of {expected} tokens.",
             "the tokens that come next, or cache.crop(length) first",
         )
+
+
+def captured(cache: str) -> PlanError:
+    """Return the error for a cache that is read into while a CUDA graph is captured."""
+    return PlanError(
+        message(
+            "This cache cannot be read while a CUDA graph is captured.",
+            {
+                "cache": cache,
+                "why": "it knows outside of the graph where the next token goes, so each run would write over one place",
+            },
+            fix="a cache that grows, past_key_values=DynamicCache(), for a graph of one step; or no graph",
+        )
+    )

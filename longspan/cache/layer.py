@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longspan.cache.form import Form, check
+from longspan.cache.form import Form, captured, check
 from longspan.cache.pages import Pages, Pool
 from longspan.cache.reading import Reading, Rotate
 from longspan.cache.shelf import Shelf, shelves
 from longspan.cache.storage import Plain, Rounded, Storage
 from longspan.errors import ShapeError, message
+from longspan.kernel.softmax.finite import capturing
 from longspan.pattern import Causal, Pattern
 from longspan.score import Score, collect
 
@@ -160,7 +161,10 @@ class Cache:
         Raises:
             ShapeError: tensors that do not fit together or not what was read before, keys that want a gradient, a
                 start that is not where the text ends, more tokens than a pool has pages for.
+            PlanError: while a CUDA graph is captured, which would not see the cache move on.
         """
+        if capturing(query):
+            raise captured(str(self))
         lengths, heads = self.lengths, (self.heads, self.key_heads)
         continues = self._form is not None and self._form.fits(query, key, value, *heads)
         continues = continues and real is None and (start is None or start == lengths)

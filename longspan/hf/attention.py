@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from longspan.cache.form import captured
 from longspan.errors import InputError, PlanError, ShapeError, message
 from longspan.hf import traced
 from longspan.hf.batch import Batch, describe, refusal, settled
+from longspan.hf.captured import capturing
 from longspan.hf.layers import one_per_layer, within
 from longspan.hf.quiet import quiet
 from longspan.hf.traced import Outline
@@ -57,6 +59,11 @@ def set_pattern(model: nn.Module, pattern: Pattern | Sequence[Pattern]) -> None:
 
     `torch.compile` with `fullgraph=True` takes a model with patterns as it takes one without, padded, packed and
     with a cache that grows. A `PatternCache` breaks the graph at every layer.
+
+    A CUDA graph may be captured of it, forward and backward, as its calls do not depend on numbers on the device. What
+    they would depend on is not looked at: an `attention_mask` and a cache that is not transformers' own growing one are
+    refused while a graph is captured, and `position_ids` that restart stop it with an error of the device when it runs.
+    What `create_causal_mask` of transformers gave before the capture is taken for a mask; its padding stays.
 
     `generate` reads through any cache of transformers that holds keys as they are, growing or of a fixed size
     (`cache_implementation="static"`); of the latter what is filled is read. To hold no more than can still be read, give
@@ -172,6 +179,8 @@ def _attend(
     if windows != (None, None):
         pattern = within(pattern, frozenset(windows))
     if cached is not None:
+        if capturing(key.device):
+            raise captured(f"{type(cached).__name__}, {cached.columns} tokens read")
         cached.check(module, pattern, batch, key.shape[2])
     if batch.spare:
         key, value = (side[:, :, : batch.keys] for side in (key, value))
@@ -296,9 +305,10 @@ def _check_batch(module: nn.Module, key: Tensor, given: Any, positions: Any, cac
     keys = key.shape[2] + (cached.columns if cached is not None else 0)
     if given.keys + given.spare != keys:
         raise _short(module, given.keys, keys)
+    if given.masked or len(given.segments) > 1:
+        return given
     several = isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] > 1
-    packed = several and bool((positions.diff() != 1).any())
-    if packed and not given.masked and len(given.segments) == 1:
+    if several and given.restarts(positions):
         raise refusal(
             module.config,
             "its positions restart, as in packed documents, while a cache hides where they end",

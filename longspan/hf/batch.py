@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from longspan.errors import ShapeError, message
+from longspan.hf.captured import RESTARTING, capturing, hidden, padded, required
 from longspan.hf.segment import Segment, attend_segments, unpacked, unpadded, whole
 from longspan.hf.traced import Outline
 from longspan.pattern import Pattern
@@ -20,6 +21,8 @@ from longspan.score import Score
 
 # What every mask is while a text is split among ranks: the batch as all of them together hold it.
 SHARED: ContextVar[Batch | None] = ContextVar("shared", default=None)
+# What stops a captured graph, see also `RESTARTING`.
+_AHEAD = "some tokens read later ones, and the graph was captured for causal attention"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Batch:
         window: the window that the model itself asks for on this kind of layer, in tokens, or None.
         masked: whether a mask told where tokens are; positions that restart mean documents only without one.
         spare: columns after these that a cache of fixed size has room for, and hold nothing yet.
+        seen: the positions that were looked at last, and whether they restart.
     """
 
     segments: tuple[Segment, ...]
@@ -41,6 +45,7 @@ class Batch:
     window: int | None
     masked: bool
     spare: int = field(default=0, kw_only=True)
+    seen: list[tuple[Tensor, bool]] = field(default_factory=list, kw_only=True, repr=False, compare=False)
 
     def attend(
         self,
@@ -54,6 +59,19 @@ class Batch:
     ) -> Tensor:
         """Let each sequence attend by itself, see `attend_segments`."""
         return attend_segments(query, key, value, pattern, self.segments, scale=scale, scores=scores)
+
+    def restarts(self, positions: Tensor) -> bool:
+        """Say whether positions `[rows, columns]` jump, as in packed documents; layers that are told of the same ones
+        look once. While a CUDA graph is captured they must not, which it checks each time it runs."""
+        if not self.seen or self.seen[0][0] is not positions:
+            follow = positions.diff() == 1
+            if capturing(positions.device):
+                required(follow, RESTARTING)
+                found = False
+            else:
+                found = not bool(follow.all())
+            self.seen[:] = [(positions, found)]
+        return self.seen[0][1]
 
     @cached_property
     def real(self) -> Tensor | None:
@@ -112,8 +130,17 @@ def describe(
     Raises:
         ShapeError: a mask that is not 2-D or does not cover the tokens, one that is not causal or that the model
             changes by a rule of its own, attention in chunks, more tokens than a cache of fixed size has room for, or
-            a cache that dropped keys that the model still reads.
+            a cache that dropped keys that the model still reads; while a CUDA graph is captured, a 2-D mask and a
+            cache of fixed size, whose contents nobody can look at.
     """
+    device = torch.device(options.get("device", "cpu"))
+    held = capturing(device)
+    if held and (isinstance(q_offset, Tensor) or kv_offset + kv_length > q_offset + q_length):
+        raise hidden(
+            f"a cache of fixed size, with room for {kv_offset + kv_length} tokens",
+            why="how much of it is filled decides what is computed, and is on the device",
+            fix="a cache that grows, past_key_values=DynamicCache(), for a graph of one step; or no graph",
+        )
     end = int(q_offset) + q_length
     if "allow_is_bidirectional_skip" in options:
         raise refusal(config, "its attention is not causal", fix="a causal decoder")
@@ -125,7 +152,6 @@ def describe(
             f"its layers read in chunks of {local_size} tokens, which are not supported yet",
             fix="a model with full attention or a sliding window",
         )
-    device = torch.device(options.get("device", "cpu"))
     spare = kv_offset + kv_length - end
     tracing = torch.compiler.is_compiling() and not (kv_offset or spare) and _traceable()
     shared = None if tracing else SHARED.get()
@@ -152,13 +178,22 @@ def describe(
         )
     packed = q_length == kv_length and not options.get("allow_is_causal_skip", True)
     if tracing:
-        joined = _joined(mask_function, attention_mask, batch_size, q_length) if packed else None
+        joined = _joined(mask_function, device, batch_size, q_length) if packed else None
         return Outline(attention_mask, joined, kv_length, local_size)
-    if attention_mask is not None and not attention_mask.all():
-        _check_gaps(config, attention_mask, kv_offset)
-        segments = unpadded(attention_mask, queries=q_length, dropped=kv_offset)
+    if held:
+        if attention_mask is not None:
+            raise padded(attention_mask)
+        if packed:
+            # Transformers has not looked whether there are documents, either.
+            required(~_formula(mask_function, device, batch_size, q_length, ahead=1), _AHEAD)
+            required(_joined(mask_function, device, batch_size, q_length), RESTARTING)
+        segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
+    # The device is waited for once, however much is then looked at.
+    elif attention_mask is not None and not (real := attention_mask.cpu()).all():
+        _check_gaps(config, real, kv_offset)
+        segments = unpadded(real, queries=q_length, dropped=kv_offset, device=device)
     elif packed:
-        segments = unpacked(_continues(config, mask_function, attention_mask, batch_size, q_length))
+        segments = unpacked(_continues(config, mask_function, device, batch_size, q_length))
     else:
         segments = whole(batch_size, q_length, kv_length, dropped=kv_offset)
     masked = attention_mask is not None
@@ -210,22 +245,21 @@ def _check_gaps(config: PretrainedConfig, real: Tensor, dropped: int) -> None:
 
 
 def _continues(
-    config: PretrainedConfig, mask_function: Callable, given: Tensor | None, batch: int, length: int
+    config: PretrainedConfig, mask_function: Callable, device: torch.device, batch: int, length: int
 ) -> Tensor:
     """Return which tokens continue the one before them, where none reads a later one."""
-    if _formula(mask_function, given, batch, length, ahead=1).any():
+    if _formula(mask_function, device, batch, length, ahead=1).any():
         raise refusal(config, "some of its tokens read later ones", fix="input that is text alone")
-    return _joined(mask_function, given, batch, length)
+    return _joined(mask_function, device, batch, length)
 
 
-def _joined(mask_function: Callable, given: Tensor | None, batch: int, length: int) -> Tensor:
+def _joined(mask_function: Callable, device: torch.device, batch: int, length: int) -> Tensor:
     """Ask the formula for every token whether it reads the one before: within a document, and only there."""
-    return _formula(mask_function, given, batch, length, ahead=0).expand(batch, length - 1)
+    return _formula(mask_function, device, batch, length, ahead=0).expand(batch, length - 1)
 
 
-def _formula(mask_function: Callable, given: Tensor | None, batch: int, length: int, *, ahead: int) -> Tensor:
+def _formula(mask_function: Callable, device: torch.device, batch: int, length: int, *, ahead: int) -> Tensor:
     """Ask the formula whether tokens read the one before them, or with `ahead` whether that one reads them."""
-    device = None if given is None else given.device
     rows = torch.arange(batch, device=device)[:, None]
     later = torch.arange(1, length, device=device)[None, :]
     head = torch.zeros((), dtype=torch.long, device=device)

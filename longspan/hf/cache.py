@@ -42,7 +42,8 @@ class PatternCache(Cache):
         ShapeError: an option outside its range. By the model's forward: another model, patterns that were changed, a
             mask or batch that does not continue what was read, keys that want a gradient.
         PlanError: by the model's forward, where angles change with the length: beyond the trained length with dynamic
-            NTK, across it with LongRoPE. Only a text read anew then gives what the model computes.
+            NTK, across it with LongRoPE. Only a text read anew then gives what the model computes. While a CUDA graph
+            is captured, which would not see the cache move on.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

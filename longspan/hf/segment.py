@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -45,18 +46,23 @@ def whole(batch: int, queries: int, keys: int, dropped: int = 0) -> tuple[Segmen
     return (Segment(slice(0, batch), slice(0, queries), slice(0, keys), dropped),)
 
 
-def unpadded(real: Tensor, *, queries: int, dropped: int) -> tuple[Segment, ...]:
+def unpadded(
+    real: Tensor, *, queries: int, dropped: int, device: torch.device | None = None
+) -> tuple[Segment, ...]:
     """Return the sequences of a padded batch: the real tokens of each row, in their order.
 
     Args:
         real: bool `[batch, columns]`, false on padding; the last columns are the queries.
         queries: number of query columns.
         dropped: number of first columns that the key tensor does not hold any more.
+        device: where rows and columns that are tensors go; None for that of `real`.
 
     Returns:
         One segment per different row of `real` that has a real query.
     """
-    columns = real.shape[1]
+    columns, device = real.shape[1], real.device if device is None else device
+    # One wait for the device in place of several for every row.
+    real = real.cpu()
     kinds, kind_of_row = real.unique(dim=0, return_inverse=True)
     segments = []
     for number, kind in enumerate(kinds):
@@ -66,9 +72,9 @@ def unpadded(real: Tensor, *, queries: int, dropped: int) -> tuple[Segment, ...]
         if len(query_columns):
             segments.append(
                 Segment(
-                    rows=shortest((kind_of_row == number).nonzero().flatten()),
-                    queries=shortest(query_columns),
-                    keys=shortest(key_columns),
+                    rows=_moved(shortest((kind_of_row == number).nonzero().flatten()), device),
+                    queries=_moved(shortest(query_columns), device),
+                    keys=_moved(shortest(key_columns), device),
                     dropped=len(tokens) - len(key_columns),
                 )
             )
@@ -85,6 +91,7 @@ def unpacked(continues: Tensor) -> tuple[Segment, ...]:
         One segment per row and document; one for the whole batch where nothing is packed.
     """
     batch, length = continues.shape[0], continues.shape[1] + 1
+    continues = continues.cpu()
     if continues.all():
         return whole(batch, length, length)
     segments = []
@@ -159,6 +166,10 @@ def _period(pattern: Pattern, heads: int) -> int | None:
 
 def _is(part: slice | Tensor, size: int) -> bool:
     return isinstance(part, slice) and part == slice(0, size)
+
+
+def _moved(part: slice | Tensor, device: torch.device) -> slice | Tensor:
+    return part if isinstance(part, slice) else part.to(device)
 
 
 def _count(part: slice | Tensor, size: int) -> int:

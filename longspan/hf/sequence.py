@@ -20,6 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from longspan.errors import InputError, ShapeError, message
 from longspan.hf.attention import NAME, attention_modules, reset, set_pattern
 from longspan.hf.batch import SHARED
+from longspan.hf.captured import capturing
 from longspan.hf.held import HeldCache, held_cache
 from longspan.hf.shards import shared
 from longspan.layout import Layout, zigzag
@@ -70,6 +71,14 @@ class Split:
 
     def forward(self, *positional: Any, **named: Any) -> Any:
         """Do what the model's own forward does, of which every rank is given the same whole batch."""
+        if capturing(self.model.device):
+            raise ShapeError(
+                message(
+                    "Texts that are split among ranks cannot be read while a CUDA graph is captured.",
+                    {"model": type(self.model).__name__, "why": "ranks compare what each of them was given"},
+                    fix="no graph, or a text on one rank",
+                )
+            )
         given = self._bound(positional, named)
         cache = held_cache(given.get("past_key_values"))
         if cache is not None:
@@ -264,7 +273,8 @@ def sequence_parallel(
         InputError: a model that passes on what is between tokens by other means than attention, or whose loss is
             no sum over tokens.
         RankError: ranks that are given different batches or read by different patterns, a rank that does not answer.
-        ShapeError: later, by the model's forward: input that cannot be split, a text with fewer tokens than ranks.
+        ShapeError: later, by the model's forward: input that cannot be split, a text with fewer tokens than ranks, a
+            CUDA graph that is being captured.
 
     Example:
         A group of one rank; torchrun starts as many as there are.

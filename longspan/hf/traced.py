@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from longspan.hf.captured import RESTARTING, capturing, padded, required
+from longspan.hf.layers import within
 from longspan.hf.segment import Segment, unpacked, unpadded, whole
 from longspan.kernel.choice import at_once
 from longspan.kernel.operation import compiled, opaque
 from longspan.kernel.operation.opaque import numbered, pattern_of
 from longspan.kernel.operation.operation import heads_inside, operation
-from longspan.pattern import Pattern, Window
+from longspan.pattern import Pattern
 from longspan.score import Scores
 
 
@@ -40,7 +42,16 @@ class Outline:
     window: int | None
 
     def segments(self, rows: int, length: int) -> tuple[Segment, ...]:
-        """Return the sequences of the batch, of so many rows and columns of queries."""
+        """Return the sequences of the batch, of so many rows and columns of queries.
+
+        While a CUDA graph is captured, a mask is refused, and documents stop the graph when it runs.
+        """
+        known = self.joined if self.real is None else self.real
+        if known is not None and capturing(known.device):
+            if self.real is not None:
+                raise padded(self.real)
+            required(known, RESTARTING)
+            return whole(rows, length, self.keys)
         if self.real is not None and not self.real.all():
             return unpadded(self.real, queries=length, dropped=0)
         return whole(rows, length, self.keys) if self.joined is None else unpacked(self.joined)
@@ -77,9 +88,7 @@ def _pieces(
     scale: float,
 ) -> Iterator[tuple[Segment, list[Tensor], ModuleType, tuple[Any, ...]]]:
     """Yield each sequence, its query, key and value, and what runs it with which facts."""
-    pattern = pattern_of(number)
-    for window in windows:
-        pattern = pattern & Window(window)
+    pattern = within(pattern_of(number), frozenset(windows))
     for segment in Outline(real, joined, key.shape[2], None).segments(query.shape[0], query.shape[2]):
         sides = [query[segment.rows][:, :, segment.queries]]
         sides += [side[segment.rows][:, :, segment.keys] for side in (key, value)]
@@ -146,4 +155,6 @@ _attend = operation(
     _backward,
     facts="Tensor? real, Tensor? joined, SymInt[] windows, float? limit, SymInt number, float scale",
     lay=heads_inside,
+    # It looks into the batch, which inductor's own CUDA graphs, mode="reduce-overhead", leave out of them.
+    tags=(torch.Tag.cudagraph_unsafe,),
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from torch import Tensor
 
 from longspan.kernel import reference
 from longspan.kernel.flash import flash
-from longspan.kernel.flash.bands import band_groups
 from longspan.kernel.flex import flex
+from longspan.kernel.heads import banded, head_groups
 from longspan.kernel.native import native
-from longspan.kernel.plan import choose, flash_refusal, head_groups, scores_refusal
+from longspan.kernel.plan import choose, flash_refusal, scores_refusal
 from longspan.kernel.sdpa import sdpa
 from longspan.kernel.triton import triton
 from longspan.pattern import Pattern
@@ -78,9 +80,11 @@ def run(
 
 
 def work(pattern: Pattern, heads: int, queries: range, keys: int, scale: float) -> flash.Work:
-    """Return what the flash kernel is asked, for a pattern that it does not refuse."""
-    banded = band_groups(head_groups(pattern, heads, queries, range(keys)))
-    return flash.Work(banded, scale)
+    """Return what the flash kernel is asked, for a pattern that it does not refuse; layers that ask alike share it."""
+    return _work(banded(head_groups(pattern, heads, queries, range(keys)), len(queries)), scale)
+
+
+_work = lru_cache(maxsize=256)(flash.Work)
 
 
 def facts(

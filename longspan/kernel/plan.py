@@ -12,16 +12,17 @@ from longspan.derive.extent import extent
 from longspan.derive.tiling import SIZE
 from longspan.errors import PlanError, ShapeError, elided, message
 from longspan.kernel.flash import flash, provider
-from longspan.kernel.flash.bands import BandGroup, band_groups
+from longspan.kernel.flash.bands import BandGroup
 from longspan.kernel.flex import family, flex
-from longspan.kernel.lattice.calls import HeadGroup, regular
+from longspan.kernel.heads import banded, head_groups
+from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.numbers import listed, named
-from longspan.kernel.lattice.parts import Part, parts
+from longspan.kernel.lattice.parts import Part
 from longspan.kernel.lattice.summary import BlockCounts, block_counts, contiguous_area, most_keys
 from longspan.kernel.native import native
 from longspan.kernel.rates import dearer
 from longspan.kernel.sdpa import sdpa
-from longspan.pattern import Pattern, simplify
+from longspan.pattern import Pattern
 from longspan.size import size
 
 # The most memory that dense scores may take.
@@ -299,7 +300,7 @@ def _plan(
         # Where the lists are made does not change them.
         calls = family.groups(pattern, heads, queries, keys, torch.device("cpu"))
     elif chosen == "flash":
-        calls = band_groups(grouped)
+        calls = banded(grouped, len(queries))
     return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)
 
 
@@ -339,10 +340,13 @@ def choose(
 def flash_refusal(pattern: Pattern, heads: int, queries: range, keys: range, *, asked: bool) -> str | None:
     """Say why flash attention does not take a pattern, or flex does it cheaper where it is not asked for by name."""
     grouped = head_groups(pattern, heads, queries, keys)
-    found = band_groups(grouped)
+    found = banded(grouped, len(queries))
     if isinstance(found, str):
         return found
-    return None if asked else dearer(grouped, found, len(queries))
+    # Decoding asks for a single query at a new length each time, for which flex would list its blocks anew.
+    if asked or len(queries) == 1:
+        return None
+    return dearer(grouped, found, len(queries))
 
 
 def scores_refusal(needed: int) -> str | None:
@@ -350,20 +354,3 @@ def scores_refusal(needed: int) -> str | None:
     if needed <= REFERENCE_BYTES:
         return None
     return f"would need {needed / 1e9:.1f} GB for the scores, limit is {REFERENCE_BYTES / 1e9:.0f} GB"
-
-
-@lru_cache(maxsize=256)
-def head_groups(pattern: Pattern, heads: int, queries: range, keys: range) -> tuple[HeadGroup, ...]:
-    """Return the heads that read alike, cut into regular ranges, with the parts they read by."""
-    alike: dict[Pattern, list[int]] = {}
-    for head in range(heads):
-        alike.setdefault(pattern.at_head(head, heads), []).append(head)
-    groups = []
-    # What is written otherwise and reads the same is planned, and read, once.
-    same: dict[Pattern, tuple[Pattern, list[int]]] = {}
-    for single, members in alike.items():
-        same.setdefault(simplify(single), (single, []))[1].extend(members)
-    for single, members in same.values():
-        done = parts(single, queries, keys)
-        groups.extend(HeadGroup(run, done) for run in regular(sorted(members)))
-    return tuple(groups)

@@ -8,9 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from longspan.kernel.heads import head_groups
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.parts import Lattice, Part
-from longspan.kernel.plan import head_groups
 from longspan.pattern import Causal, Pattern
 
 # Rows of a triangle whose distances are written out; what is left of a larger triangle is rectangles.

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from longspan.kernel import reference
+from longspan.kernel.heads import head_groups
 from longspan.kernel.lattice.calls import HeadGroup
 from longspan.kernel.lattice.parts import Lattice
 from longspan.kernel.native import native
-from longspan.kernel.plan import KERNELS, choose, head_groups, scores_refusal
+from longspan.kernel.plan import KERNELS, choose, scores_refusal
 from longspan.kernel.sdpa import sdpa
 from longspan.kernel.sides import one_sided_groups
 from longspan.kernel.softmax.frame import Work

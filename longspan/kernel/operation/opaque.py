@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from longspan.errors import PlanError, message
+from longspan.kernel.heads import head_groups
 from longspan.kernel.native import native
 from longspan.kernel.operation.operation import operation
-from longspan.kernel.plan import head_groups
 from longspan.kernel.sdpa import sdpa
 from longspan.kernel.sides import one_sided_groups
 from longspan.kernel.softmax.frame import Work

@@ -28,6 +28,7 @@ def operation(
     *,
     facts: str,
     lay: Callable[[Tensor], Tensor],
+    tags: tuple[torch.Tag, ...] = (),
 ) -> CustomOpDef:
     """Return the operation `longspan::name` of query, key, value, sinks or None, and facts: output and log-sum-exp.
 
@@ -38,6 +39,7 @@ def operation(
             log-sum-exp (None where there is none), the four tensors, output, log-sum-exp, and the facts.
         facts: types and names of what comes after the tensors, as a schema of torch has them.
         lay: puts tensors `[batch, heads, length, width]`, outputs and gradients, as they shall lie in memory.
+        tags: what a compiler is told of the operation and of its derivative.
     """
 
     def run(*given: Any) -> tuple[Tensor, Tensor]:
@@ -60,7 +62,11 @@ def operation(
         return *made, lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
 
     there = torch.library.custom_op(
-        f"longspan::{name}", run, mutates_args=(), schema=f"({_SIDES}, {facts}) -> (Tensor, Tensor)"
+        f"longspan::{name}",
+        run,
+        mutates_args=(),
+        schema=f"({_SIDES}, {facts}) -> (Tensor, Tensor)",
+        tags=tags,
     )
     back = torch.library.custom_op(
         f"longspan::{name}_backward",
@@ -68,6 +74,7 @@ def operation(
         mutates_args=(),
         schema=f"(Tensor? grad_output, Tensor? grad_lse, {_SIDES}, Tensor output, Tensor lse, {facts}) "
         "-> (Tensor, Tensor, Tensor, Tensor)",
+        tags=tags,
     )
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
