@@ -297,8 +297,8 @@ def _plan(
     grouped = head_groups(pattern, heads, queries, keys)
     calls = ()
     if chosen == "flex":
-        # Where the lists are made does not change them.
-        calls = family.groups(pattern, heads, queries, keys, torch.device("cpu"))
+        # A plan says how many blocks there are, and writes down none.
+        calls = family.groups(pattern, heads, queries, keys, torch.device("meta"))
     elif chosen == "flash":
         calls = banded(grouped, len(queries))
     return Plan(pattern, heads, queries, keys, width, dtype, chosen, grouped, refused, calls)

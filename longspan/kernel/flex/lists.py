@@ -53,7 +53,8 @@ def lists(
     Args:
         heads: the blocks of each head, and how what they are of is drawn out.
         classes: the pairs of residue classes that hold any, of queries and of keys; each is one layout.
-        device: where the lists are wanted.
+        device: where the lists are wanted; on "meta" only the numbers of blocks are found, and which they are is not
+            written down.
     """
     grids = [_Grid.of(found, len(classes[0])) for found, _ in heads]
 
@@ -71,8 +72,7 @@ def lists(
             for kind in both
         ]
         wide = max(_LEAST, *(int(number.max(initial=0)) for kind in kinds for number, _, _ in kind))
-        made = (_beside(kind, wide) for kind in kinds)
-        return tuple(tuple(torch.as_tensor(side, device=device) for side in sides) for sides in made)
+        return tuple(_beside(kind, wide, device) for kind in kinds)
 
     (partial, full), (partly, fully) = put(1), put(2)
     return Lists(partial, full, partly, fully)
@@ -163,15 +163,14 @@ def _lines(grid: _Grid, runs: _Runs, axis: int) -> tuple[np.ndarray, _Runs]:
     return total.astype(np.int32).reshape(layouts, along), (line, first, number)
 
 
-def _write(number: np.ndarray, runs: _Runs, listed: np.ndarray, at: np.ndarray) -> None:
-    """Write the blocks of runs into memory in which each line begins somewhere; nothing else is touched."""
+def _placed(number: np.ndarray, runs: _Runs, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the places of the blocks of runs where each line begins somewhere, and which blocks they are."""
     line, first, length = runs
     place = np.arange(int(length.sum()))
     # Runs lie in order, so what stands before a run is what it begins after, in its line and in all lines.
     begin = at - (np.cumsum(number, dtype=np.int64) - number.ravel())
-    listed[place + np.repeat(begin[line], length)] = place + np.repeat(
-        first - (np.cumsum(length) - length), length
-    )
+    named = place + np.repeat(first - (np.cumsum(length) - length), length)
+    return place + np.repeat(begin[line], length), named.astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -189,28 +188,49 @@ def _again(grid: _Grid, stretch: Stretch, axis: int) -> _Again:
     return _Again(begin // size, (begin + stretch.unit) // size, stretch.times, stretch.unit // other)
 
 
-def _beside(heads: list[tuple[np.ndarray, _Runs, _Again]], wide: int) -> tuple[np.ndarray, np.ndarray]:
+def _beside(
+    heads: list[tuple[np.ndarray, _Runs, _Again]], wide: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Return the lists of heads for the long text, numbers `[layouts, heads, lines]` and what they are of, `wide`
     places for each."""
     number, _, again = heads[0]
     lines = number.shape[1] + again.times * (again.end - again.begin)
     shape = (len(number), len(heads), lines)
-    numbers, listed = np.zeros(shape, dtype=np.int32), np.zeros((*shape, wide), dtype=np.int32)
-    whole = np.arange(len(number) * len(heads) * lines).reshape(shape) * wide
-    for head, (number, runs, again) in enumerate(heads):
-        if not again.times:
-            # Lists are long and mostly empty: what is left as it is takes no memory.
-            numbers[:, head] = number
-            _write(number, runs, listed.reshape(-1), whole[:, head].ravel())
-            continue
-        own = int(number.max(initial=0))
-        where = np.zeros(number.size * own, dtype=np.int32)
-        _write(number, runs, where, np.arange(number.size) * own)
-        # What stands behind the number of blocks in a list stays 0.
-        farther = (np.arange(own) < number[:, :, None]) * np.int32(again.farther)
+    numbers = np.zeros(shape, dtype=np.int32)
+    for head, (number, _, again) in enumerate(heads):
         _draw_out(number, np.zeros_like(number), again, numbers[:, head])
-        _draw_out(where.reshape(*number.shape, own), farther, again, listed[:, head, :, :own])
-    return numbers, listed
+    if device.type == "meta":
+        return torch.from_numpy(numbers), torch.empty(*shape, wide, dtype=torch.int32, device=device)
+    # Lists are long and mostly empty: only what is in them is touched here, and moved to where they are.
+    listed = (
+        torch.from_numpy(np.zeros((*shape, wide), dtype=np.int32))
+        if device.type == "cpu"
+        else torch.zeros(*shape, wide, dtype=torch.int32, device=device)
+    )
+    begins = np.arange(len(number) * len(heads) * lines).reshape(shape) * wide
+    for head, (number, runs, again) in enumerate(heads):
+        if again.times:
+            drawn = torch.from_numpy(_drawn(number, runs, again, lines))
+            listed[:, head, :, : drawn.shape[-1]] = drawn.to(device)
+        else:
+            place, named = (
+                torch.from_numpy(side).to(device) for side in _placed(number, runs, begins[:, head].ravel())
+            )
+            listed.view(-1)[place] = named
+    return torch.from_numpy(numbers).to(device), listed
+
+
+def _drawn(number: np.ndarray, runs: _Runs, again: _Again, lines: int) -> np.ndarray:
+    """Return the lists of one head for the long text, `[layouts, lines, the most blocks of a line]`."""
+    own = int(number.max(initial=0))
+    where = np.zeros(number.size * own, dtype=np.int32)
+    place, named = _placed(number, runs, np.arange(number.size) * own)
+    where[place] = named
+    # What stands behind the number of blocks in a list stays 0.
+    farther = (np.arange(own) < number[:, :, None]) * np.int32(again.farther)
+    listed = np.empty((len(number), lines, own), dtype=np.int32)
+    _draw_out(where.reshape(*number.shape, own), farther, again, listed)
+    return listed
 
 
 def _draw_out(short: np.ndarray, farther: np.ndarray, again: _Again, long: np.ndarray) -> None:
