@@ -96,3 +96,9 @@ def real_logits(model, ids, mask, **options):
     """Return the logits [tokens, vocabulary] of the tokens that are not padding."""
     logits = model(ids, attention_mask=mask, **options).logits
     return logits.flatten(0, 1) if mask is None else logits[mask.bool()]
+
+
+def recompute(model, **options) -> None:
+    """Let a model compute its activations again on the way back, by whichever name transformers has for it."""
+    new = hasattr(model, "activation_checkpointing_enable")
+    getattr(model, f"{'activation' if new else 'gradient'}_checkpointing_enable")(options or None)

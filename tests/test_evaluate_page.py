@@ -162,8 +162,8 @@ def test_results_come_first_and_what_was_measured_last():
     assert "| after | 3.50 | 3.00 | 100% | 94% | 4,096 | 512 |\n" in summary
     assert "parameters" not in summary
     last = rest.split("## How this was measured")[1]
-    assert "| model | from | parameters | tokens read | seconds |\n" in last
-    assert "| after | runs/after | 1,000 | 180,000 | 12 |\n" in last
+    assert "| model | from | parameters | dtype | tokens read | seconds |\n" in last
+    assert "| after | runs/after | 1,000 | float32 | 180,000 | 12 |\n" in last
 
 
 def test_the_best_is_the_least_where_less_is_better():

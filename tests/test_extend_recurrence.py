@@ -7,7 +7,7 @@ from operator import mul
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import FULL, model_of, tokens
+from hf_models import FULL, model_of, recompute, tokens
 
 from longspan import Causal, LongMixed, SlidingWindow
 from longspan.errors import InputError, PatternError, PlanError
@@ -183,6 +183,6 @@ def test_what_cannot_be_carried_is_refused():
         model(ids, attention_mask=mask, past_key_values=Carried(model, memory=4))
     with pytest.raises(InputError, match="whole segments"):
         recurrence(4, memory=6)
-    model.train().activation_checkpointing_enable()
+    recompute(model.train())
     with pytest.raises(InputError, match="computed anew"):
         next(recurrent_losses(model, ids, segment=4, memory=4))

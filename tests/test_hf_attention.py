@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 import torch
-from hf_models import FAMILIES, FULL, GEMMA2, SDPA, WINDOW, model_of, padding, real_logits, tokens
+from hf_models import FAMILIES, FULL, GEMMA2, SDPA, WINDOW, model_of, padding, real_logits, recompute, tokens
 from transformers import DynamicCache
 
 from longspan.hf.attention import reset, set_pattern
@@ -168,7 +168,7 @@ def test_checkpointed_gradients_are_the_same(reentrant):
     ids, mask = tokens(3, LENGTH), padding("left", 3, LENGTH)
     set_pattern(model, [SPARSE[0], SPARSE[2], Causal()])
     wanted = gradients(model, ids, mask)
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, use_reentrant=reentrant)
     model.enable_input_require_grads()
     torch.testing.assert_close(gradients(model, ids, mask), wanted)
 

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_models import recompute
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -153,7 +154,7 @@ def hooks(model):
 def test_nothing_of_the_model_is_changed():
     model = llama(attention_dropout=0.5).train()
     model.model.layers[1].eval()
-    model.activation_checkpointing_enable()
+    recompute(model)
     model.lm_head.weight.requires_grad_(False)
     modes = [module.training for module in model.modules()]
     switches = [getattr(module, "gradient_checkpointing", None) for module in model.modules()]
@@ -180,7 +181,7 @@ def test_a_frozen_model_without_gradients_is_tested_all_the_same():
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointed_layers_are_tested_one_by_one(reentrant):
     model = llama("leaks_in_layer_2").train()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute(model, use_reentrant=reentrant)
     assert check_causality(model, length=LENGTH).leaks == (
         rolled("model.layers.2", 1),
         rolled("logits", 1),

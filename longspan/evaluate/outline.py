@@ -279,9 +279,9 @@ def _repeat(report: Report) -> Section:
     facts += [(package, number or "not installed") for package, number in report.versions.items()]
     command: tuple[Part, ...] = () if report.command is None else (Code(report.command),)
     models = Grid(
-        ("model", "from", "parameters", "tokens read", "seconds"),
+        ("model", "from", "parameters", "dtype", "tokens read", "seconds"),
         tuple(
-            (e.label, e.source, f"{e.parameters:,}", f"{e.tokens:,}", f"{e.seconds:,.0f}")
+            (e.label, e.source, f"{e.parameters:,}", e.dtype, f"{e.tokens:,}", f"{e.seconds:,.0f}")
             for e in report.evaluations
         ),
         names=2,
