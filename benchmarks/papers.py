@@ -45,6 +45,7 @@ from longspan.extend.windows import TrainingWindows
 from longspan.hf.attention import attention_modules, reset, set_pattern
 from longspan.hf.causality import check_causality
 from longspan.hf.model import load_model
+from longspan.hf.precision import bfloat16_is_fast
 from longspan.pattern import S2, parse
 from longspan.text.corpus import Corpus
 from longspan.text.documents import documents, split
@@ -144,7 +145,7 @@ def _guess(cells: Any, options: argparse.Namespace) -> dict[Cell, float]:
 def _speed(model: Any, window: int) -> tuple[float, float]:
     """Return the seconds per token of reading a window, and of learning from it."""
     ids = torch.zeros(1, window, dtype=torch.long)
-    lower = training.bfloat16_is_fast(on_cpu=True)
+    lower = bfloat16_is_fast(on_cpu=True)
     # The first pass brings in what libraries load late.
     model(ids[:, :64], labels=ids[:, :64], use_cache=False).loss.backward()
     begun = time.perf_counter()
