@@ -67,10 +67,11 @@ picture: $(READY)
 clean:
 	rm -rf longspan/kernel/native/native_*.so .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Torch comes first: the constraint picks its build before anything else can ask for another.
+# Torch comes first: the constraint picks its build before anything else can ask for another. Only what is imported is
+# ever compiled.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard longspan/kernel/native/cpp/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Longspan needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	@touch $@

@@ -10,6 +10,8 @@ from hf_models import FAMILIES, FULL, GEMMA2, SDPA, WINDOW, model_of, padding, r
 from transformers import DynamicCache
 
 from longspan.hf.attention import reset, set_pattern
+from longspan.hf.batch import Batch
+from longspan.hf.segment import whole
 from longspan.kernel.heads import head_groups
 from longspan.kernel.lattice import step
 from longspan.pattern import Causal, Chunk, LongMixed, Sink, Streaming, Window
@@ -211,3 +213,13 @@ def test_a_step_is_planned_once_for_all_layers(monkeypatch):
             model(tokens(1, 1), past_key_values=cache)
     assert len(read) == 1
     assert head_groups.cache_info().misses - before == 20
+
+
+def test_positions_that_are_written_to_are_looked_at_again():
+    """As where a loop keeps one tensor for all its texts."""
+    batch, positions = Batch(whole(1, 6, 6), (1, 6), 6, None, masked=False), torch.arange(6)[None]
+    assert not batch.restarts(positions)
+    positions[0, 3:] -= 3
+    assert batch.restarts(positions)
+    with torch.inference_mode():
+        assert not batch.restarts(torch.arange(6)[None])

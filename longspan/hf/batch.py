@@ -36,7 +36,7 @@ class Batch:
         window: the window that the model itself asks for on this kind of layer, in tokens, or None.
         masked: whether a mask told where tokens are; positions that restart mean documents only without one.
         spare: columns after these that a cache of fixed size has room for, and hold nothing yet.
-        seen: the positions that were looked at last, and whether they restart.
+        seen: the positions that were looked at last, how often they had been written to, and whether they restart.
     """
 
     segments: tuple[Segment, ...]
@@ -45,7 +45,9 @@ class Batch:
     window: int | None
     masked: bool
     spare: int = field(default=0, kw_only=True)
-    seen: list[tuple[Tensor, bool]] = field(default_factory=list, kw_only=True, repr=False, compare=False)
+    seen: list[tuple[Tensor, int | None, bool]] = field(
+        default_factory=list, kw_only=True, repr=False, compare=False
+    )
 
     def attend(
         self,
@@ -63,15 +65,16 @@ class Batch:
     def restarts(self, positions: Tensor) -> bool:
         """Say whether positions `[rows, columns]` jump, as in packed documents; layers that are told of the same ones
         look once. While a CUDA graph is captured they must not, which it checks each time it runs."""
-        if not self.seen or self.seen[0][0] is not positions:
+        written = None if positions.is_inference() else positions._version
+        if not self.seen or self.seen[0][0] is not positions or self.seen[0][1] != written:
             follow = positions.diff() == 1
             if capturing(positions.device):
                 required(follow, RESTARTING)
                 found = False
             else:
                 found = not bool(follow.all())
-            self.seen[:] = [(positions, found)]
-        return self.seen[0][1]
+            self.seen[:] = [(positions, written, found)]
+        return self.seen[0][2]
 
     @cached_property
     def real(self) -> Tensor | None:

@@ -14,6 +14,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 # The folder of its source, of which one file includes the others; libraries lie beside it.
@@ -59,29 +60,32 @@ def build() -> tuple[list[Path], str]:
     )
     if compiler is None:
         return [], "no C++ compiler was found: tried CXX, g++, c++ and clang++"
-    made, problem = [], ""
-    for name, flags in SETS.items():
-        if flags and platform.machine() not in ON_X86:
-            continue
-        if library(name).exists():
-            made.append(library(name))
-            continue
-        fresh = library(name).with_suffix(f".{os.getpid()}")
-        ran = subprocess.run(
-            [compiler, *OPTIONS, *flags, str(SOURCE / MAIN), "-o", str(fresh)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode == 0:
-            # Whole or not at all: another process may be loading the one before.
-            fresh.replace(library(name))
-            made.append(library(name))
-        else:
-            problem = f"{compiler} for {name}: {ran.stderr.strip()[-2000:]}"
+    names = [name for name, flags in SETS.items() if not flags or platform.machine() in ON_X86]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        problems = dict(zip(names, pool.map(lambda name: _built(name, compiler), names), strict=True))
+    made = [library(name) for name in names if not problems[name]]
+    problem = next((problems[name] for name in reversed(names) if problems[name]), "")
     for other in set(SOURCE.parent.glob("native_*.so")) - set(made):
         other.unlink(missing_ok=True)
     return made, problem
+
+
+def _built(name: str, compiler: str) -> str:
+    """Build the library for an instruction set where it is not there, and return what went wrong or nothing."""
+    if library(name).exists():
+        return ""
+    fresh = library(name).with_suffix(f".{os.getpid()}")
+    ran = subprocess.run(
+        [compiler, *OPTIONS, *SETS[name], str(SOURCE / MAIN), "-o", str(fresh)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if ran.returncode:
+        return f"{compiler} for {name}: {ran.stderr.strip()[-2000:]}"
+    # Whole or not at all: another process may be loading the one before.
+    fresh.replace(library(name))
+    return ""
 
 
 if __name__ == "__main__":
