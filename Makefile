@@ -14,11 +14,12 @@ gpu matrix: export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 export HF_HUB_OFFLINE := 1
 export HF_DATASETS_OFFLINE := 1
 
-.PHONY: help demo test lint bench gpu matrix picture clean
+.PHONY: help demo test qlora lint bench gpu matrix picture clean
 
 help:
 	@echo "make demo     read eight times further: extend the default model, print the table"
 	@echo "make test     run all tests"
+	@echo "make qlora    install bitsandbytes and run the tests that need it"
 	@echo "make lint     check style, format and types"
 	@echo "make bench    measure attention over patterns against a matrix product"
 	@echo "make gpu      measure and test the kernels on a CUDA device"
@@ -33,6 +34,11 @@ demo: $(READY)
 # Two processes of one thread each: the tests are many and small.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+
+# By themselves: whatever imports peft imports bitsandbytes where it is.
+qlora: $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt bitsandbytes
+	$(BIN)/python -m pytest tests/test_extend_qlora.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
