@@ -31,13 +31,14 @@ demo: $(READY)
 	rm -rf out/demo
 	$(BIN)/longspan demo --output out/demo
 
-# Two processes of one thread each: the tests are many and small.
+# Two processes of one thread each: the tests are many and small. Each has half of the files, and takes from the other at the
+# end, so that what a file prepares is prepared once.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # By themselves: whatever imports peft imports bitsandbytes where it is.
 qlora: $(READY)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt bitsandbytes
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt bitsandbytes
 	$(BIN)/python -m pytest tests/test_extend_qlora.py
 
 lint: $(READY)
@@ -73,11 +74,10 @@ picture: $(READY)
 clean:
 	rm -rf longspan/kernel/native/native_*.so .venv out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# Torch comes first: the constraint picks its build before anything else can ask for another. Only what is imported is
-# ever compiled.
+# Torch comes first: the constraint picks its build before anything else can ask for another.
 $(READY): pyproject.toml constraints.txt hatch_build.py $(wildcard longspan/kernel/native/cpp/*)
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Longspan needs Python 3.11 or newer, got " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
