@@ -93,6 +93,8 @@ def test_a_local_task_runs_with_a_pattern(measured, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher:UserWarning")
+# Python warns of another one where no installer has compiled it.
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_the_commands_of_the_readme_name_what_there_is(monkeypatch):
     readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
     commands = re.findall(r"^python -m longspan\.evaluate\.harness (.*)$", readme, flags=re.MULTILINE)
@@ -145,6 +147,8 @@ def test_a_task_of_ruler_is_asked_at_the_length_named_and_answered_by_the_patter
 
 # The package that compares texts asks for a faster one.
 @pytest.mark.filterwarnings("ignore:Using slow pure-python SequenceMatcher:UserWarning")
+# Python warns of another one where no installer has compiled it.
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")
 def test_a_task_of_longbench_runs_on_data_of_its_form(folder, measured, tmp_path):
     line = {"context": "A tale of a king. " * 40, "question": "Who is it about?", "answers": ["a king"]}
     (tmp_path / "data.jsonl").write_text(json.dumps(line))
