@@ -54,8 +54,9 @@ def command(
     place = device_named(device)
     check_output(json, (".json",))
     text = text_of(file)
-    kind = reading_dtype(dtype, load_config(model), place)
-    loaded, tokenizer = load_model(model, dtype=kind, device=place)
+    config = load_config(model)
+    kind = reading_dtype(dtype, config, place)
+    loaded, tokenizer = load_model(model, config=config, dtype=kind, device=place)
     with Progress() as progress:
         found = digest(
             loaded,

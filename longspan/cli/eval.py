@@ -181,8 +181,8 @@ def command(
                     fix="longspan eval --tasks speed without torchrun",
                 )
             )
-        for source, label, kind in zip(sources, named, dtypes, strict=True):
-            model, tokenizer = load_model(source, dtype=kind, device=place)
+        for source, label, config, kind in zip(sources, named, configs, dtypes, strict=True):
+            model, tokenizer = load_model(source, config=config, dtype=kind, device=place)
             if sparse is not None:
                 set_pattern(model, sparse)
             with sequence_parallel(model) if number > 1 else nullcontext():

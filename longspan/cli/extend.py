@@ -239,6 +239,6 @@ def described(recipe: Recipe, processes: int = 1) -> str:
         parts.append(f"each window on {recipe.sequence_ranks or 'all'} processes")
     if processes > 1:
         parts.append(f"{processes} processes")
-    groups = max(1, processes // (recipe.sequence_ranks or processes))
+    groups = max(1, processes // recipe.sharing(processes))
     windows = f"{groups * recipe.batch * recipe.accumulate} x {recipe.window:,} tokens"
     return f"extending {model} to {recipe.length:,} tokens: {', '.join(parts)}, {recipe.steps} steps of {windows} of {text}"

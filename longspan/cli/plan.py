@@ -123,8 +123,8 @@ def command(
 def _check_sharing(forecast: Forecast) -> None:
     """Refuse devices that cannot be divided among the windows, as the training would."""
     recipe, devices = forecast.recipe, forecast.machine.devices
-    number = recipe.sequence_ranks or devices
-    if devices % number or recipe.windows[0] < 2 * number:
+    number = recipe.sharing(devices)
+    if not recipe.divides(devices):
         raise InputError(
             message(
                 "The devices cannot be divided among the windows.",

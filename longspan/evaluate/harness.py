@@ -27,12 +27,13 @@ from longspan.errors import InputError, LongspanError, message
 from longspan.hf.attention import set_pattern
 from longspan.hf.device import device as device_named
 from longspan.hf.model import load_model
+from longspan.hf.precision import DTYPES, named_dtype
 from longspan.pattern.expression import parse
 
 NAME = "longspan"
 # What lm-eval's command line says where nobody named a device; its own models then take what is there.
 _UNSAID = ("cuda", "cuda:0")
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_DTYPES = (*DTYPES, "float64")
 
 
 def register() -> type:
@@ -73,19 +74,10 @@ def register() -> type:
             dtype: str = "float32",
             **options: Any,
         ) -> None:
-            import torch
-
-            if dtype not in _DTYPES:
-                raise InputError(
-                    message(
-                        "There is no such dtype for a model.",
-                        {"asked": f"dtype={dtype}"},
-                        fix=f"one of {', '.join(_DTYPES)}",
-                    )
-                )
+            kind = named_dtype(dtype, _DTYPES)
             read = None if pattern is None else parse(pattern)
             place = device_named(None if device in _UNSAID else device)
-            model, tokenizer = load_model(pretrained, dtype=getattr(torch, dtype), device=place)
+            model, tokenizer = load_model(pretrained, dtype=kind, device=place)
             if read is not None:
                 set_pattern(model, read)
             super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", **options)

@@ -133,8 +133,8 @@ def ranks() -> int:
 
 def together(recipe: Recipe) -> int:
     """Return how many processes read each window together, or raise InputError where they cannot be divided so."""
-    number = recipe.sequence_ranks or ranks()
-    if ranks() % number or recipe.windows[0] < 2 * number:
+    number = recipe.sharing(ranks())
+    if not recipe.divides(ranks()):
         raise InputError(
             message(
                 "The processes cannot be divided among the windows.",

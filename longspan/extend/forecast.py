@@ -68,7 +68,7 @@ class Forecast:
     @property
     def fits(self) -> bool:
         """Whether one device holds the whole window, or its part of it where a window is shared."""
-        shared = self.recipe.sequence_ranks or self.machine.devices
+        shared = self.recipe.sharing(self.machine.devices)
         if shared == 1:
             return self.memory.total <= self.machine.memory
         return self.ranks is not None and self.ranks <= shared
@@ -121,7 +121,7 @@ class Forecast:
         """Floating-point operations of the whole training on all devices."""
         recipe, devices = self.recipe, self.machine.devices
         # Devices that share a window read one text together.
-        texts = max(1, devices // (recipe.sequence_ranks or devices))
+        texts = max(1, devices // recipe.sharing(devices))
         # Forward, gradients of the input, gradients of the weights where these are trained.
         passes = 3 if recipe.method == "full" else 2
         again = 1 if recipe.activations == "recomputed" else 0

@@ -215,6 +215,14 @@ class Recipe:
         """Tokens of a window in each stage."""
         return tuple(self.window >> (self.stages - 1 - stage) for stage in range(self.stages))
 
+    def sharing(self, devices: int) -> int:
+        """Return how many of so many devices read each window together."""
+        return self.sequence_ranks or devices
+
+    def divides(self, devices: int) -> bool:
+        """Say whether so many devices can be divided so: in whole groups, with two tokens of a window for each."""
+        return devices % self.sharing(devices) == 0 and self.windows[0] >= 2 * self.sharing(devices)
+
     def stage(self, step: int) -> int:
         """Return the stage that a step belongs to, steps counted from 0."""
         return min(step * self.stages // self.steps, self.stages - 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from transformers import PretrainedConfig
 
@@ -40,12 +42,22 @@ def reading_dtype(asked: str | None, config: PretrainedConfig, device: torch.dev
     """
     if asked is None:
         return torch.float32 if device.type == "cpu" else saved_dtype(config)
-    if asked not in DTYPES:
+    return named_dtype(asked, DTYPES)
+
+
+def named_dtype(asked: str, known: Sequence[str]) -> torch.dtype:
+    """Return the dtype of a name, or raise InputError where it is none of those known.
+
+    Example:
+        >>> named_dtype("bfloat16", DTYPES)
+        torch.bfloat16
+    """
+    if asked not in known:
         raise InputError(
             message(
                 "There is no such dtype for a model.",
                 {"asked": f"dtype {asked}"},
-                fix=f"one of {', '.join(DTYPES)}",
+                fix=f"one of {', '.join(known)}",
             )
         )
     return getattr(torch, asked)
